@@ -1,0 +1,125 @@
+"""The one way in: `attention()` checks its inputs, chooses an implementation and runs it.
+
+B batch, T queries, S keys, H query heads, Hkv key/value heads, D head size. Tensors are (B, T, H, D) throughout.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from longgen.attention.blocked import blocked_attention
+from longgen.attention.dense import dense_attention
+from longgen.attention.flex import flex_attend
+from longgen.attention.reference import reference_attention
+from longgen.errors import UsageError
+from longgen.layout import Layout
+from longgen.pattern import SparsePattern
+
+logger = logging.getLogger(__name__)
+
+_MASKED: dict[str, Callable[..., torch.Tensor]] = {
+    "reference": reference_attention,
+    "blocked": blocked_attention,
+    "flex": flex_attend,
+}
+IMPLEMENTATIONS = ("auto", *_MASKED)
+
+# Below this many queries a chunk with a cache is cheaper in plain PyTorch than a compiled kernel's launch and lists.
+_FEW_QUERIES = 16
+
+_announced: set[tuple[str, str]] = set()
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    pattern: SparsePattern | None = None,
+    layout: Layout | None = None,
+    scale: float | None = None,
+    head_offset: int = 0,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Compute attention under a sparse pattern.
+
+    Args:
+        q: queries (B, T, H, D).
+        k: keys (B, S, Hkv, D), rotary already applied; H must be a multiple of Hkv.
+        v: values (B, S, Hkv, D).
+        pattern: what each query sees; None is full causal attention.
+        layout: where queries and keys stand in their documents; None is one document whose last T of S tokens are the
+            queries.
+        scale: factor on the scores; None is D ** -0.5.
+        head_offset: global index of the first key/value head given here (tensor or Ulysses parallelism).
+        impl: "reference" (fp32 softmax over a dense mask), "blocked" (plain PyTorch, any device), "flex"
+            (FlexAttention), or "auto", which picks by device and case and logs its choice once. A named implementation
+            runs or raises; none is ever replaced by another.
+
+    Returns:
+        (B, T, H, D) in q's dtype. Queries that see nothing (padding) give zeros.
+
+    Raises:
+        UsageError: if shapes, layout and pattern do not fit together, or the implementation cannot do the work.
+    """
+    pattern = pattern or SparsePattern.full()
+    layout = layout or Layout.causal(q.shape[1], k.shape[1])
+    _check(q, k, v, layout, impl)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if impl == "auto":
+        impl = _choose(pattern, layout, q.shape[1], q.device.type, head_offset)
+        _announce(impl, pattern, q)
+    if impl.startswith("dense"):
+        return dense_attention(q, k, v, is_causal=impl == "dense_causal", scale=scale)
+    return _MASKED[impl](
+        q, k, v, pattern=pattern, layout=layout, scale=scale, head_offset=head_offset
+    )
+
+
+@lru_cache(maxsize=256)
+def _choose(
+    pattern: SparsePattern, layout: Layout, num_queries: int, device_type: str, head_offset: int
+) -> str:
+    if layout.is_causal:
+        _, start, length = layout.queries[0][0]
+        if pattern.is_full or (start == 0 and pattern.covers(length)):
+            return "dense_causal"
+    if layout.sees_everything(pattern, head_offset):
+        return "dense"
+    return "flex" if device_type == "cuda" and num_queries > _FEW_QUERIES else "blocked"
+
+
+def _announce(impl: str, pattern: SparsePattern, q: torch.Tensor) -> None:
+    key = (impl, str(pattern))
+    if key not in _announced:
+        _announced.add(key)
+        logger.info("attention (%s) on %s: %s", pattern, q.device.type, impl)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, impl: str) -> None:
+    if impl not in IMPLEMENTATIONS:
+        raise UsageError(f"There is no attention implementation {impl!r}; choose from {IMPLEMENTATIONS}.")
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise UsageError(
+            "q must be (B, T, H, D) and k, v (B, S, Hkv, D) alike; "
+            f"they are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise UsageError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch and head size, "
+            "with query heads a multiple of key/value heads."
+        )
+    if layout.num_queries != q.shape[1] or layout.num_keys != k.shape[1]:
+        raise UsageError(
+            f"The layout describes {layout.num_queries} queries and {layout.num_keys} keys, "
+            f"the tensors hold {q.shape[1]} and {k.shape[1]}."
+        )
+    if layout.num_rows not in (1, q.shape[0]) or layout.num_key_heads not in (1, k.shape[2]):
+        raise UsageError(
+            f"The layout describes {layout.num_rows} rows and {layout.num_key_heads} key heads, "
+            f"the tensors hold {q.shape[0]} and {k.shape[2]}."
+        )

@@ -1,0 +1,128 @@
+"""Attention in plain PyTorch, a chunk of queries at a time over only the key tiles that the chunk sees.
+
+The portable path: any device, forward and backward, no compiler, memory linear in the sequence. It is what runs on CPU and
+for short chunks with a cache.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from longgen.attention.tiles import tile_lists
+from longgen.layout import PADDING, Layout
+from longgen.pattern import SparsePattern
+
+QUERY_CHUNK = 256
+KEY_TILE = 64
+
+
+@lru_cache(maxsize=64)
+def _places(layout: Layout, device: torch.device) -> tuple[torch.Tensor, ...]:
+    arrays = (*layout.query_places(), *layout.key_places())
+    return tuple(torch.from_numpy(array).to(device) for array in arrays)
+
+
+@lru_cache(maxsize=64)
+def _chunks(
+    pattern: SparsePattern, layout: Layout, row: int, key_head: int, head: int
+) -> tuple[tuple[int, ...], ...]:
+    """For each query chunk the indices of the key tiles that it sees in one row and head."""
+    queries, keys = layout.row(row)
+    some, _ = tile_lists(
+        pattern, queries, keys[key_head], [head], tile_q=QUERY_CHUNK, tile_k=KEY_TILE
+    )
+    return tuple(tuple(chunk.nonzero()[:, 0].tolist()) for chunk in some[0])
+
+
+def _key_columns(tiles: tuple[int, ...], num_keys: int, device: torch.device) -> torch.Tensor | slice:
+    if tiles == tuple(range(tiles[0], tiles[-1] + 1)):
+        return slice(tiles[0] * KEY_TILE, min((tiles[-1] + 1) * KEY_TILE, num_keys))
+    starts = torch.tensor(tiles, device=device) * KEY_TILE
+    columns = (starts[:, None] + torch.arange(KEY_TILE, device=device)).flatten()
+    return columns[columns < num_keys]
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    pattern: SparsePattern,
+    layout: Layout,
+    scale: float,
+    row: int,
+    key_head: int,
+    head: int,
+) -> torch.Tensor:
+    """Attend with heads that see the same: q (B, H, T, D), k and v (B, Hkv, S, D)."""
+    q_documents, q_positions, k_documents, k_positions = _places(layout, q.device)
+    q_row, k_row = min(row, len(q_documents) - 1), min(row, len(k_documents) - 1)
+    q_documents, q_positions = q_documents[q_row], q_positions[q_row]
+    k_documents, k_positions = k_documents[k_row, key_head], k_positions[k_row, key_head]
+    outputs = []
+    for index, tiles in enumerate(_chunks(pattern, layout, row, key_head, head)):
+        rows = slice(index * QUERY_CHUNK, min((index + 1) * QUERY_CHUNK, q.shape[2]))
+        chunk = q[:, :, rows]
+        if not tiles:
+            outputs.append(torch.zeros_like(chunk))
+            continue
+        columns = _key_columns(tiles, k.shape[2], q.device)
+        documents = q_documents[rows, None]
+        mask = (documents == k_documents[None, columns]) & (documents != PADDING)
+        mask &= pattern.visible(q_positions[rows, None], k_positions[None, columns], head)
+        # A row of padding sees nothing: let it see everything, then blank it, so that no softmax is empty.
+        seen = mask.any(-1, keepdim=True)
+        out = F.scaled_dot_product_attention(
+            chunk,
+            k[:, :, columns],
+            v[:, :, columns],
+            attn_mask=mask | ~seen,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(out.masked_fill(~seen, 0.0))
+    return torch.cat(outputs, 2)
+
+
+def blocked_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    pattern: SparsePattern,
+    layout: Layout,
+    scale: float,
+    head_offset: int = 0,
+) -> torch.Tensor:
+    """Compute attention of q (B, T, H, D) over k, v (B, S, Hkv, D); returns (B, T, H, D)."""
+    qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
+    num_key_heads = kh.shape[1]
+    group = qh.shape[1] // num_key_heads
+    classes = pattern.num_head_classes
+    by_head = classes > 1 or layout.num_key_heads > 1
+    row_outputs = []
+    for row in range(layout.num_rows):
+        rows = slice(None) if layout.num_rows == 1 else slice(row, row + 1)
+        head_outputs = []
+        for head in range(num_key_heads if by_head else 1):
+            own = slice(head, head + 1) if by_head else slice(None)
+            mine = slice(head * group, (head + 1) * group) if by_head else slice(None)
+            head_outputs.append(
+                _attend(
+                    qh[rows, mine],
+                    kh[rows, own],
+                    vh[rows, own],
+                    pattern=pattern,
+                    layout=layout,
+                    scale=scale,
+                    row=row,
+                    key_head=head if layout.num_key_heads > 1 else 0,
+                    head=(head_offset + head) % classes,
+                )
+            )
+        row_outputs.append(torch.cat(head_outputs, 1) if by_head else head_outputs[0])
+    out = torch.cat(row_outputs) if len(row_outputs) > 1 else row_outputs[0]
+    return out.transpose(1, 2)
