@@ -98,6 +98,11 @@ class LayerPlan:
         """The plan in transformers' notation, for a config's `layer_types`."""
         return [FULL_LAYER if kind == "F" else SPARSE_LAYER for kind in self.layers]
 
+    @property
+    def full_pattern(self) -> SparsePattern:
+        """What the full layers see: full causal attention, as a pattern."""
+        return _FULL
+
     def pattern_of(self, layer_idx: int) -> SparsePattern:
         """Return what one layer sees."""
         return _FULL if self.layers[layer_idx] == "F" else self.pattern

@@ -1,0 +1,160 @@
+"""The model families: one factory makes a config and model classes for each and registers them with transformers.
+
+Each family has a `model_type` of its own ("longgen_llama", ...), so that software that does not know it refuses to load the
+checkpoint instead of running it densely.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from longgen.errors import UsageError
+from longgen.hf.model import HybridCausalLMMixin, HybridModelMixin
+from longgen.pattern import SparsePattern
+from longgen.plan import LayerPlan
+
+# Base model type -> prefix of transformers' class names, and whether its decoder looks masks up by layer type.
+FAMILIES = {
+    "llama": ("Llama", False),
+    "mistral": ("Mistral", False),
+    "qwen2": ("Qwen2", True),
+    "qwen3": ("Qwen3", True),
+}
+PREFIX = "longgen_"
+
+_STUB = '''"""Makes this checkpoint load with trust_remote_code=True; the code is the `longgen` package (pip install longgen)."""
+
+from longgen.hf import {names}
+
+__all__ = [{listed}]
+'''
+
+
+class HybridConfigMixin:
+    """Add the layer plan to a transformers config.
+
+    Two fields are stored in config.json: `layer_types`, one string a layer, and `longgen`, {"pattern": {...}}.
+    """
+
+    layer_types: list[str] | None
+    longgen: dict[str, Any] | None
+    num_hidden_layers: int
+
+    @property
+    def layer_plan(self) -> LayerPlan:
+        """Which layers are full, and what the others see."""
+        pattern = (self.longgen or {}).get("pattern", {})
+        return _layer_plan(tuple(self.layer_types or ()), tuple(sorted(pattern.items())))
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        modules: dict[str, list[str]] = {}
+        for reference in self.auto_map.values():  # type: ignore[attr-defined]
+            module, name = reference.split(".")
+            modules.setdefault(module, []).append(name)
+        for module, names in modules.items():
+            stub = _STUB.format(names=", ".join(names), listed=", ".join(f'"{n}"' for n in names))
+            (Path(save_directory) / f"{module}.py").write_text(stub, encoding="utf-8")
+
+
+@lru_cache(maxsize=64)
+def _layer_plan(layer_types: tuple[str, ...], pattern: tuple[tuple[str, int], ...]) -> LayerPlan:
+    return LayerPlan.from_layer_types(layer_types, SparsePattern.from_dict(dict(pattern)))
+
+
+def _make(base_type: str) -> tuple[type, type, type]:
+    prefix, by_layer_type = FAMILIES[base_type]
+    base_config: Any = getattr(transformers, f"{prefix}Config")
+    base_model: Any = getattr(transformers, f"{prefix}Model")
+    base_lm: Any = getattr(transformers, f"{prefix}ForCausalLM")
+    name = f"LongGen{prefix}"
+
+    def post_init(self: Any, **kwargs: Any) -> None:
+        # transformers does not store the attention in a checkpoint; without this it would come back as dense sdpa.
+        kwargs.setdefault("attn_implementation", "longgen")
+        plan = None
+        if self.layer_types is None:
+            plan = LayerPlan.build(self.num_hidden_layers)
+            self.layer_types = plan.layer_types
+        if self.longgen is None:
+            self.longgen = {"pattern": (plan.pattern if plan else SparsePattern()).to_dict()}
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise UsageError(
+                f"The config lists {len(self.layer_types)} layer_types for {self.num_hidden_layers} layers."
+            )
+        if getattr(self, "sliding_window", None) is not None:
+            self.sliding_window = None
+        if hasattr(self, "use_sliding_window"):
+            self.use_sliding_window = False
+        self.auto_map = {
+            "AutoConfig": f"configuration_longgen.{name}Config",
+            "AutoModel": f"modeling_longgen.{name}Model",
+            "AutoModelForCausalLM": f"modeling_longgen.{name}ForCausalLM",
+        }
+        base_config.__post_init__(self, **kwargs)
+
+    config_class = strict(
+        type(
+            f"{name}Config",
+            (HybridConfigMixin, base_config),
+            {
+                "__doc__": f"Configure a LongGen hybrid of the {prefix} family.",
+                "__module__": __name__,
+                "__annotations__": {"layer_types": list[str] | None, "longgen": dict | None},
+                "__post_init__": post_init,
+                "layer_types": None,
+                "longgen": None,
+                "model_type": PREFIX + base_type,
+                # The base class allows only transformers' own layer types.
+                "validate_layer_type": lambda self: None,
+            },
+        )
+    )
+    model_class = type(
+        f"{name}Model",
+        (HybridModelMixin, base_model),
+        {
+            "__doc__": f"Decoder of a LongGen hybrid of the {prefix} family.",
+            "__module__": __name__,
+            "config_class": config_class,
+            "masks_by_layer_type": by_layer_type,
+        },
+    )
+    lm_class = type(
+        f"{name}ForCausalLM",
+        (HybridCausalLMMixin, base_lm),
+        {
+            "__doc__": f"LongGen hybrid of the {prefix} family with its language-model head.",
+            "__module__": __name__,
+            "config_class": config_class,
+            "decoder_class": model_class,
+        },
+    )
+    AutoConfig.register(PREFIX + base_type, config_class)
+    AutoModel.register(config_class, model_class)
+    AutoModelForCausalLM.register(config_class, lm_class)
+    return config_class, model_class, lm_class
+
+
+LongGenLlamaConfig, LongGenLlamaModel, LongGenLlamaForCausalLM = _make("llama")
+LongGenMistralConfig, LongGenMistralModel, LongGenMistralForCausalLM = _make("mistral")
+LongGenQwen2Config, LongGenQwen2Model, LongGenQwen2ForCausalLM = _make("qwen2")
+LongGenQwen3Config, LongGenQwen3Model, LongGenQwen3ForCausalLM = _make("qwen3")
+
+CONFIG_CLASSES = {
+    "llama": LongGenLlamaConfig,
+    "mistral": LongGenMistralConfig,
+    "qwen2": LongGenQwen2Config,
+    "qwen3": LongGenQwen3Config,
+}
+
+
+def is_hybrid(config: Any) -> bool:
+    """Whether a config is that of a LongGen hybrid."""
+    return str(config.model_type).startswith(PREFIX)

@@ -1,0 +1,245 @@
+"""What LongGen adds to a transformers model: two mixins, for the decoder and for the causal language model.
+
+The decoder mixin turns the call's mask, positions and cache into layouts once, and hands them to every layer as a keyword.
+No modeling file is copied: the layers are transformers' own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from longgen.errors import UsageError
+from longgen.hf.attention import LayerLayouts, check_attention_name
+from longgen.hf.cache import HybridCache, cache_layout
+from longgen.hf.head import LMHead, shift
+from longgen.layout import Axis, Layout, from_position_ids
+
+
+def left_paddings(attention_mask: torch.Tensor, batch_size: int, length: int) -> tuple[int, ...]:
+    """Return how many columns at the start of each row a 2-D attention mask (B, length) hides.
+
+    Hidden columns at the end of a row need nothing: causal attention never looks ahead. Holes are refused.
+    """
+    if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch_size, length):
+        raise UsageError(
+            f"The attention mask has shape {tuple(attention_mask.shape)}; LongGen models take ({batch_size}, {length}): "
+            "one entry a token, cached ones included. For packed documents pass position_ids that restart at 0."
+        )
+    visible = attention_mask.detach().to("cpu").numpy().astype(bool)
+    if visible.all():
+        return (0,) * batch_size
+    first = np.where(visible.any(1), visible.argmax(1), length)
+    last = np.where(visible.any(1), length - visible[:, ::-1].argmax(1), length)
+    for row, (start, stop) in enumerate(zip(first, last, strict=True)):
+        if not visible[row, start:stop].all():
+            raise UsageError(
+                f"Row {row} of the attention mask hides tokens in the middle of the sequence; only padding at the "
+                "start or end of a row can be masked."
+            )
+    return tuple(int(start) for start in first)
+
+
+def packed_rows(position_ids: torch.Tensor) -> tuple[Axis, ...] | None:
+    """Return each row's documents if `position_ids` (B or 1, T) restart somewhere, None if every row is one document."""
+    rows = position_ids.detach().to("cpu").numpy()
+    if rows.ndim != 2 or ((np.diff(rows, axis=1) == 1).all() and (rows[:, :1] == 0).all()):
+        return None
+    return tuple(from_position_ids(row) for row in rows)
+
+
+class _RefusesOtherAttention:
+    """Keep a hybrid model from being run densely by a name given at load time or later."""
+
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        return check_attention_name(requested_attention)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        check_attention_name(
+            attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+        )
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+
+
+class HybridModelMixin(_RefusesOtherAttention):
+    """Add layouts and the hybrid cache to a transformers decoder (`LlamaModel` and its like)."""
+
+    config: Any
+    training: bool
+    # Families whose forward looks masks up by layer type want a dictionary.
+    masks_by_layer_type: bool = False
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        tokens = inputs_embeds if input_ids is None else input_ids
+        if tokens is None:
+            raise UsageError("Give the model input_ids or inputs_embeds.")
+        batch_size, length = tokens.shape[:2]
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training
+        if past_key_values is not None and not isinstance(past_key_values, HybridCache):
+            raise UsageError(
+                f"past_key_values is a {type(past_key_values).__name__}; a LongGen model drops tokens by its own rule and "
+                "needs longgen.hf.HybridCache(model.config). Leave past_key_values out to get one."
+            )
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        documents = None
+        if attention_mask is None and position_ids is not None and not seen:
+            documents = packed_rows(position_ids)
+        if documents is not None:
+            if past_key_values is not None:
+                raise UsageError(
+                    "The sequence is packed (position_ids restart), so there is no one document for the cache to go on "
+                    "with. Pass use_cache=False, or one document a row."
+                )
+            use_cache = False
+            layouts = self._packed_layouts(documents)
+        else:
+            if use_cache and past_key_values is None:
+                past_key_values = HybridCache(self.config)
+            layouts = self._layouts(attention_mask, past_key_values, batch_size, seen, length)
+        mask = dict.fromkeys(set(self.config.layer_types)) if self.masks_by_layer_type else None
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            longgen_layouts=layouts,
+            **kwargs,
+        )
+
+    def _packed_layouts(self, documents: tuple[Axis, ...]) -> LayerLayouts:
+        layout = Layout.of_rows(documents)
+        return LayerLayouts(self.config.layer_plan, layout, layout)
+
+    def _layouts(
+        self,
+        attention_mask: torch.Tensor | None,
+        cache: HybridCache | None,
+        batch_size: int,
+        seen: int,
+        length: int,
+    ) -> LayerLayouts:
+        if attention_mask is not None:
+            paddings = left_paddings(attention_mask, batch_size, seen + length)
+            if cache is not None:
+                cache.set_paddings(paddings)
+        else:
+            paddings = cache.paddings if cache is not None else (0,)
+        plan = self.config.layer_plan
+        heads = self.config.num_key_value_heads
+        full, sparse = (
+            cache_layout(pattern, seen, length, paddings, heads)
+            for pattern in (plan.full_pattern, plan.pattern)
+        )
+        return LayerLayouts(plan, full, sparse)
+
+
+class HybridCausalLMMixin(_RefusesOtherAttention):
+    """Add the fused loss and generation with the hybrid cache to a transformers causal language model."""
+
+    config: Any
+    model: Any
+    lm_head: Any
+    training: bool
+    decoder_class: type
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        # The base class has just built its own decoder and head; giving them our classes keeps every parameter, name
+        # and tie as it is, on any device including meta.
+        self.model.__class__ = self.decoder_class
+        self.lm_head.__class__ = LMHead
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the model; with labels in training (or `shift_labels` at any time) return the loss and no logits.
+
+        `labels` (B, T) are aligned with the inputs as everywhere in transformers; `shift_labels` (B, T) are already those
+        of the next token. Logits of a long sequence would not fit, so they are never made on the way to a loss; in
+        evaluation mode `labels` give logits and loss as usual.
+        """
+        if labels is not None and shift_labels is None and self.training:
+            shift_labels = shift(labels)
+        if shift_labels is None:
+            if labels is not None:
+                kwargs["num_items_in_batch"] = num_items_in_batch
+            return super().forward(  # type: ignore[misc]
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        kwargs.pop("return_dict", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        loss = self.lm_head(outputs.last_hidden_state, shift_labels, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise UsageError(
+                "Assisted decoding (assistant_model, prompt lookup) has to take tokens back, which a LongGen cache cannot: "
+                "its sparse layers free what leaves their window. Generate without it."
+            )
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise UsageError(
+                f'cache_implementation="{generation_config.cache_implementation}" does not know the sparse layers. '
+                "Leave it out: the hybrid cache is used, and it is smaller."
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = HybridCache(self.config)
