@@ -108,6 +108,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, im
             "q must be (B, T, H, D) and k, v (B, S, Hkv, D) alike; "
             f"they are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise UsageError(f"q, k and v must have one dtype; they are {q.dtype}, {k.dtype}, {v.dtype}.")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise UsageError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch and head size, "

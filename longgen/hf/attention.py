@@ -72,6 +72,10 @@ def longgen_attention(
             f"The layer got {key.shape[1]} of {config.num_key_value_heads} key/value heads: transformers' tensor "
             "parallelism is not supported, because the pattern goes by global head numbers. Load without tp_plan."
         )
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embedding leaves fp32 behind under autocast; the kernels would run at a fraction of their speed.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (states.to(dtype) for states in (query, key, value))
     out = attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

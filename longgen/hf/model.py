@@ -115,6 +115,11 @@ class HybridModelMixin(_RefusesOtherAttention):
             if use_cache and past_key_values is None:
                 past_key_values = HybridCache(self.config)
             layouts = self._layouts(attention_mask, past_key_values, batch_size, seen, length)
+        if inputs_embeds is None and torch.is_autocast_enabled(tokens.device.type):
+            # With fp32 master weights the residual stream would be fp32: twice the traffic, and other rounding than the
+            # bf16 model that is served in the end (and than FSDP2, which computes in bf16 throughout).
+            dtype = torch.get_autocast_dtype(tokens.device.type)
+            input_ids, inputs_embeds = None, self.embed_tokens(input_ids).to(dtype)  # type: ignore[attr-defined]
         mask = dict.fromkeys(set(self.config.layer_types)) if self.masks_by_layer_type else None
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,

@@ -1,0 +1,149 @@
+"""Folders of models: reading them, and writing them so that a half-written one is never taken for a whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from longgen.errors import UsageError
+from longgen.hf import FAMILIES, is_hybrid
+
+# Written beside every output: how it was made, with every setting resolved.
+RECORD = "longgen.json"
+_STAGING = ".partial"
+
+
+def read_config(path: str | Path) -> Any:
+    """Read a checkpoint's config and check that it is of a family that LongGen knows.
+
+    Raises:
+        UsageError: if there is no checkpoint, or its architecture is not one of llama, mistral, qwen2 and qwen3.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"There is no checkpoint in {folder}: config.json is missing. Give the folder of a Hugging Face checkpoint "
+            "(download one with `hf download NAME --local-dir FOLDER`)."
+        )
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = fields.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{folder / 'config.json'} is not the JSON of a model config ({error})."
+        ) from None
+    if str(model_type).removeprefix("longgen_") not in FAMILIES:
+        raise UsageError(
+            f"{folder} holds a {model_type!r} model; LongGen works with {', '.join(FAMILIES)}."
+        )
+    return AutoConfig.from_pretrained(folder)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+) -> Any:
+    """Load a hybrid or a plain checkpoint for inference.
+
+    Args:
+        path: the folder.
+        dtype: None is bf16 on a GPU and fp32 on a CPU; "auto" is as stored.
+        device: None is the first GPU if there is one.
+        attn_implementation: None is the model's own (for hybrids "longgen").
+    """
+    read_config(path)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=attn_implementation
+    )
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load a checkpoint's tokenizer.
+
+    Raises:
+        UsageError: if it has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"No tokenizer could be loaded from {path} ({str(error).splitlines()[0]}). Put the model's tokenizer.json and "
+            "tokenizer_config.json beside its weights."
+        ) from None
+
+
+def refuse_hybrid(config: Any, path: str | Path) -> None:
+    """Refuse a model that is already a hybrid, or sparse by its own config.
+
+    Raises:
+        UsageError: naming the plan that the model has.
+    """
+    if is_hybrid(config):
+        raise UsageError(
+            f"{path} is a hybrid already ({config.layer_plan}). Give the original model with full attention."
+        )
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds or (window is not None and window < config.max_position_embeddings):
+        raise UsageError(
+            f"{path} is a sparse model already: {'layers of type ' + ', '.join(kinds) if kinds else f'sliding window {window}'}. "
+            "Give a model with full attention in every layer."
+        )
+
+
+def check_output(folder: str | Path) -> Path:
+    """Return an output folder that is new or empty.
+
+    Raises:
+        UsageError: if it is a file or holds anything.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"The output {path} is a file; give a folder.")
+    if path.is_dir():
+        found = sorted(entry.name for entry in path.iterdir())
+        if found:
+            raise UsageError(
+                f"The output folder {path} is not empty (it holds {', '.join(found[:3])}"
+                f"{', ...' if len(found) > 3 else ''}). Give a new folder, or empty that one."
+            )
+    return path
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(path.name + _STAGING)
+    staging.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    os.replace(staging, path)
+
+
+@contextmanager
+def staged_checkpoint(folder: Path) -> Iterator[Path]:
+    """Give a folder to write a checkpoint to; when all is written, move its files to `folder`, config.json last.
+
+    A checkpoint without config.json is refused by every loader, so one cut off half-way is never used.
+    """
+    staging = folder / _STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    names = sorted((entry.name for entry in staging.iterdir()), key=lambda n: n == "config.json")
+    for name in names:
+        os.replace(staging / name, folder / name)
+    staging.rmdir()

@@ -1,0 +1,1 @@
+"""Continued training of hybrids on the Hugging Face Trainer."""

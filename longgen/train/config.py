@@ -1,0 +1,148 @@
+"""Settings of an extension run: defaults, TOML recipes, and the resolved record beside the output."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from longgen.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtendConfig:
+    """Hold every setting of `longgen extend`; the defaults are those of the command.
+
+    Attributes:
+        model: folder of the base checkpoint.
+        out: folder for the hybrid and all that belongs to the run.
+        context: target length in tokens, also the length of every training sequence.
+        data: files, folders and globs to train on.
+        layers: the layer string, one letter a layer.
+        pattern: fields of the `SparsePattern`.
+        rope_theta: rotary base; None follows `longgen.rope`.
+        steps: optimizer steps.
+        batch_tokens: tokens in a step over all GPUs; a multiple of the context.
+        learning_rate: peak of the cosine.
+        min_lr_ratio: learning rate at the end, as a share of the peak.
+        warmup_steps: linear warm-up.
+        weight_decay: AdamW's, on matrices only.
+        max_grad_norm: gradient clipping.
+        seed: decides the order of data and what is held out.
+        recall_share: share of sequences with generated recall text planted in them.
+        recall_records: records in such a sequence; None is one per 1,000 tokens.
+        join_folders: make one long document of each folder of source files.
+        text_field: key or column of the text in .jsonl, .parquet and datasets.
+        strict: refuse data files that would be skipped.
+        heldout_tokens: tokens kept out of training, for loss curves and haystacks.
+        allow_repeat: go through the data more than once if the steps ask for it.
+        gradient_checkpointing: recompute layers in the backward pass ("auto": if the estimate says it does not fit
+            otherwise).
+        compile: compile the layers' element-wise parts ("auto": on GPUs).
+        save_steps: steps between checkpoints.
+        log_steps: steps between lines of progress.
+        force: start even if the estimate says that it does not fit the GPU.
+    """
+
+    model: str
+    out: str
+    context: int
+    data: tuple[str, ...]
+    layers: str
+    pattern: dict[str, int]
+    rope_theta: float | None = None
+    steps: int = 100
+    batch_tokens: int | None = None
+    learning_rate: float = 5e-5
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 10
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    recall_share: float = 0.0
+    recall_records: int | None = None
+    join_folders: bool = False
+    text_field: str = "text"
+    strict: bool = False
+    heldout_tokens: int | None = None
+    allow_repeat: bool = False
+    gradient_checkpointing: str = "auto"
+    compile: str = "auto"
+    save_steps: int = 100
+    log_steps: int = 10
+    force: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", tuple(str(path) for path in self.data))
+        if self.batch_tokens is None:
+            object.__setattr__(self, "batch_tokens", max(131072 // self.context, 1) * self.context)
+        for name, lowest in (("context", 2), ("steps", 1), ("save_steps", 1), ("log_steps", 1)):
+            if getattr(self, name) < lowest:
+                raise UsageError(f"{name} is {getattr(self, name)}; give at least {lowest}.")
+        if self.sequences_per_step * self.context != self.batch_tokens:
+            raise UsageError(
+                f"batch_tokens is {self.batch_tokens:,}; give a multiple of the context ({self.context:,})."
+            )
+        for name, value in (("learning_rate", self.learning_rate), ("max_grad_norm", self.max_grad_norm)):
+            if not value > 0:
+                raise UsageError(f"{name} is {value}; give a number above 0.")
+        for name in ("recall_share", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
+        for name in ("gradient_checkpointing", "compile"):
+            if getattr(self, name) not in ("auto", "on", "off"):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; give auto, on or off.")
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Training sequences in one optimizer step, over all GPUs."""
+        return int(self.batch_tokens or 0) // self.context
+
+    @property
+    def num_sequences(self) -> int:
+        """Training sequences of the whole run."""
+        return self.steps * self.sequences_per_step
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, for the record beside the output."""
+        return {**asdict(self), "data": list(self.data)}
+
+    def differences(self, earlier: dict[str, Any]) -> list[str]:
+        """Name the settings that would make a resumed run another run than the one that began with `earlier`."""
+        free = {"out", "force", "save_steps", "log_steps", "gradient_checkpointing", "compile"}
+        mine = self.to_dict()
+        return [
+            f"{name} was {earlier.get(name)!r} and is now {value!r}"
+            for name, value in mine.items()
+            if name not in free and earlier.get(name) != value
+        ]
+
+    def with_(self, **changes: Any) -> ExtendConfig:
+        """Return a copy with some settings changed."""
+        return replace(self, **changes)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Read a TOML recipe: keys are the long options of `longgen extend`, with - or _ between words.
+
+    Raises:
+        UsageError: if the file is missing, not TOML, or has a key that is no option.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = tomllib.load(file)
+    except FileNotFoundError:
+        raise UsageError(f"There is no recipe {path}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"The recipe {path} is not TOML: {error}.") from None
+    recipe = {key.replace("-", "_"): value for key, value in found.items()}
+    plan_options = {"block_size", "sink_blocks", "local_blocks", "stride_blocks", "head_shift", "full_layers"}
+    known = {entry.name for entry in fields(ExtendConfig)} - {"layers", "out"} | plan_options
+    unknown = sorted(set(recipe) - known)
+    if unknown:
+        raise UsageError(
+            f"The recipe {path} has {', '.join(unknown)}, which {'is' if len(unknown) == 1 else 'are'} no option of "
+            "`longgen extend` (see its --help)."
+        )
+    return recipe

@@ -1,0 +1,338 @@
+"""The main job: convert a checkpoint and continue training it at the target length."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from longgen import __version__
+from longgen.accounting import check_fits, fits, training_memory
+from longgen.checkpoint import (
+    RECORD,
+    check_output,
+    load_tokenizer,
+    read_config,
+    refuse_hybrid,
+    write_json,
+)
+from longgen.convert import load_as_hybrid, save_hybrid
+from longgen.data.corpus import CorpusView, TokenizedCorpus, check_vocabulary, split_heldout
+from longgen.data.packing import PackedDataset
+from longgen.data.recall import RecallText
+from longgen.data.sources import read_documents
+from longgen.data.tokenized import tokenize_documents
+from longgen.errors import UsageError
+from longgen.evaluate.results import card_name, versions
+from longgen.gpus import machine_gpus
+from longgen.pattern import SparsePattern
+from longgen.plan import LayerPlan
+from longgen.shapes import ModelShape
+from longgen.train.config import ExtendConfig
+from longgen.train.trainer import (
+    LongGenTrainer,
+    Progress,
+    Say,
+    TrainingSequences,
+    newest_checkpoint,
+)
+
+HELDOUT = "heldout.npy"
+_RUN = "run.json"
+
+
+def training_folder(out: str | Path) -> Path:
+    """Return where a run keeps its corpus, checkpoints and logs."""
+    return Path(out) / "training"
+
+
+def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> dict[str, Any]:
+    """Extend a model's context: convert, train, and write the hybrid to `config.out`.
+
+    Ctrl-C stops after the step in hand with a checkpoint; `resume` goes on from the newest whole one, with the data, order
+    and losses that the uninterrupted run would have had.
+
+    Args:
+        config: the settings.
+        resume: go on with the run in `config.out`.
+        say: prints one line of progress.
+
+    Returns:
+        The record that is written beside the model, with "finished" False if the run was interrupted.
+
+    Raises:
+        UsageError: for anything that the user can put right; nothing is written then.
+    """
+    base = read_config(config.model)
+    refuse_hybrid(base, config.model)
+    if config.context <= base.max_position_embeddings:
+        raise UsageError(
+            f"The context of {config.context:,} tokens is not above the {base.max_position_embeddings:,} that "
+            f"{config.model} has already; give a longer --context (or use `longgen convert`, which does not train)."
+        )
+    plan = LayerPlan(config.layers, SparsePattern.from_dict(config.pattern))
+    shape = ModelShape.from_config(base)
+    tokenizer = load_tokenizer(config.model)
+    check_vocabulary(tokenizer, base.vocab_size)
+    checkpointing, planned = _fit(config, shape)
+    checkpoint = _begin(config, resume, say)
+    try:
+        corpus = _corpus(config, tokenizer, resume, say)
+        train, heldout = _split(config, corpus)
+        recall = (
+            RecallText(tokenizer, records_per_sequence=config.recall_records)
+            if config.recall_share
+            else None
+        )
+        packed = PackedDataset(
+            train,
+            context=config.context,
+            seed=config.seed,
+            recall=recall,
+            recall_share=config.recall_share,
+        )
+        packed.check_enough(config.num_sequences, allow_repeat=config.allow_repeat)
+    except BaseException:
+        if not resume and not any(training_folder(config.out).glob("checkpoint-*")):
+            shutil.rmtree(training_folder(config.out), ignore_errors=True)
+        raise
+    np.save(
+        training_folder(config.out) / HELDOUT,
+        np.concatenate([heldout.document(i) for i in range(len(heldout))]),
+    )
+    report = packed.report()
+    say(
+        f"{train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out; {report.rows:,} sequences of "
+        f"{config.context:,}, {report.padding_rate:.1%} padding"
+    )
+    hybrid = load_as_hybrid(
+        config.model, plan, context=config.context, rope_theta=config.rope_theta, dtype=torch.float32
+    )
+    say(
+        f"layers {plan}  sparse layers see {plan.pattern}; rotary base "
+        f"{hybrid.config.rope_parameters['rope_theta']:,.0f}"
+    )
+    record = {
+        "kind": "extend",
+        "longgen": __version__,
+        "versions": versions(),
+        "card": card_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "config": config.to_dict(),
+        "rope_theta": hybrid.config.rope_parameters["rope_theta"],
+        "original_context": base.max_position_embeddings,
+        "data": corpus.info.get("sources"),
+        "packing": report.to_dict(),
+    }
+    figures = _train(config, hybrid, packed, shape, plan, checkpointing, checkpoint, say)
+    record["training"] = {**figures, "planned_bytes": planned}
+    record["finished"] = not figures["interrupted"]
+    if figures["interrupted"]:
+        say(
+            f"stopped at step {figures['step']} of {config.steps}; the same command with --resume goes on from there"
+        )
+        return record
+    hybrid.to(base.dtype or torch.bfloat16)
+    hybrid.config.use_cache = True
+    save_hybrid(hybrid, tokenizer, Path(config.out), record)
+    say(f"hybrid written to {config.out}")
+    return record
+
+
+def _fit(config: ExtendConfig, shape: ModelShape) -> tuple[bool, int]:
+    """Choose gradient checkpointing and check memory; returns the choice and the estimated bytes."""
+
+    def estimate(checkpointing: bool) -> Any:
+        return training_memory(shape, config.context, gradient_checkpointing=checkpointing)
+
+    gpus = machine_gpus()
+    checkpointing = config.gradient_checkpointing != "off"
+    if config.gradient_checkpointing == "auto" and gpus is not None:
+        checkpointing = not fits(estimate(False), gpus.gpu)
+    memory = estimate(checkpointing)
+    if gpus is not None:
+        check_fits(memory, gpus, f"Training at {config.context:,} tokens", force=config.force)
+    return checkpointing, memory.total
+
+
+def _begin(config: ExtendConfig, resume: bool, say: Say) -> Path | None:
+    """Claim the output folder, or find where a run in it stopped."""
+    folder = training_folder(config.out)
+    run = folder / _RUN
+    if not run.is_file():
+        if resume:
+            raise UsageError(f"There is no run to resume in {config.out}; leave --resume out.")
+        check_output(config.out)
+        write_json(run, config.to_dict())
+        return None
+    if (Path(config.out) / RECORD).is_file():
+        raise UsageError(f"The run in {config.out} is finished; give another --out.")
+    if not resume:
+        raise UsageError(
+            f"{config.out} holds an unfinished run; add --resume to go on with it, or give another --out."
+        )
+    differences = config.differences(json.loads(run.read_text(encoding="utf-8")))
+    if differences:
+        raise UsageError(
+            f"The run in {config.out} was started with other settings ({'; '.join(differences)}). Resume it with the same "
+            "ones, or give another --out."
+        )
+    checkpoint, cut_off = newest_checkpoint(folder)
+    for path in cut_off:
+        say(f"{path.name} was cut off while it was written; it is not used")
+        shutil.rmtree(path)
+    say(f"resuming from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting over")
+    return checkpoint
+
+
+def _corpus(config: ExtendConfig, tokenizer: Any, resume: bool, say: Say) -> TokenizedCorpus:
+    folder = training_folder(config.out) / "corpus"
+    if resume and (folder / "corpus.json").is_file():
+        corpus = TokenizedCorpus.open(folder)
+        corpus.check_tokenizer(tokenizer)
+        return corpus
+    documents = read_documents(
+        config.data,
+        strict=config.strict,
+        join_folders=config.join_folders,
+        text_field=config.text_field,
+    )
+    last = time.perf_counter()
+
+    def progress(state: Any) -> None:
+        nonlocal last
+        if time.perf_counter() - last > 10:
+            last = time.perf_counter()
+            say(f"tokenizing: {state.documents:,} documents, {state.tokens:,} tokens")
+
+    corpus = tokenize_documents(documents, tokenizer, folder, progress=progress)
+    say(f"{len(corpus):,} documents, {corpus.num_tokens:,} tokens; {documents.report.skipped_text()}")
+    return corpus
+
+
+def _split(config: ExtendConfig, corpus: CorpusView) -> tuple[CorpusView, CorpusView]:
+    """Hold out some text: by default a twentieth, between two and sixteen sequences' worth."""
+    tokens = config.heldout_tokens
+    if tokens is None:
+        tokens = min(max(corpus.num_tokens // 20, 2 * config.context), 16 * config.context)
+        tokens = min(tokens, corpus.num_tokens // 4)
+    return split_heldout(corpus, tokens=tokens, seed=config.seed)
+
+
+def compile_elementwise(model: Any) -> None:
+    """Compile what lies between the matrix products of a decoder layer: norms and the gated MLP.
+
+    One graph serves all layers. Attention stays outside: its kernels are compiled on their own.
+    """
+    for layer in model.model.layers:
+        layer.input_layernorm.compile()
+        layer.post_attention_layernorm.compile()
+        layer.mlp.compile()
+    model.model.norm.compile()
+
+
+def _train(
+    config: ExtendConfig,
+    model: Any,
+    packed: PackedDataset,
+    shape: ModelShape,
+    plan: LayerPlan,
+    checkpointing: bool,
+    checkpoint: Path | None,
+    say: Say,
+) -> dict[str, Any]:
+    from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+
+    on_gpu = torch.cuda.is_available()
+    folder = training_folder(config.out)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": config.min_lr_ratio},
+        warmup_steps=min(config.warmup_steps, max(config.steps - 1, 0)),
+        weight_decay=config.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not on_gpu,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        seed=config.seed,
+        data_seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_num_workers=2 if on_gpu else 0,
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
+    )
+    # Without torchrun the Trainer would wrap the model in DataParallel over all GPUs, which breaks packed sequences.
+    if arguments.n_gpu > 1:
+        say(f"training on 1 of {arguments.n_gpu} GPUs; start with torchrun to use them all")
+        arguments._n_gpu = 1
+    world = arguments.world_size
+    if config.sequences_per_step % world:
+        raise UsageError(
+            f"A step has {config.sequences_per_step} sequences, which {world} GPUs cannot share evenly; change batch_tokens."
+        )
+    arguments.gradient_accumulation_steps = config.sequences_per_step // world
+    card = torch.cuda.get_device_name() if on_gpu else None
+    progress = Progress(shape, plan, folder, config.log_steps, card, say)
+    if config.compile == "on" or (config.compile == "auto" and on_gpu):
+        compile_elementwise(model)
+    trainer = LongGenTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=TrainingSequences(packed, config.num_sequences),
+        data_collator=collate_sequences,
+        callbacks=[progress, *_tensorboard(folder)],
+    )
+    trainer.progress = progress
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "interrupted": progress.interrupted and trainer.state.global_step < config.steps,
+        "step": trainer.state.global_step,
+        "tokens": trainer.state.global_step * int(config.batch_tokens or 0),
+        "seconds": time.perf_counter() - began,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": statistics.mean(losses[-10:]) if losses else None,
+        "gradient_checkpointing": checkpointing,
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        **progress.medians(),
+    }
+
+
+def collate_sequences(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack sequences; every key is as long as the context."""
+    return {key: torch.stack([item[key] for item in batch]) for key in batch[0]}
+
+
+def _tensorboard(folder: Path) -> list[Any]:
+    """Return the callback that writes TensorBoard events to `folder`, if TensorBoard is installed."""
+    from transformers.integrations import TensorBoardCallback, is_tensorboard_available
+
+    if not is_tensorboard_available():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard")))]

@@ -1,0 +1,191 @@
+"""The Hugging Face Trainer with LongGen's data order, figures, and interruption that loses nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback
+
+from longgen.accounting import training_flops
+from longgen.gpus import peak_flops
+from longgen.plan import LayerPlan
+from longgen.shapes import ModelShape
+
+WHOLE = "whole.json"
+
+Say = Callable[[str], None]
+
+
+class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
+    """Serve the first `count` sequences of an endless, index-addressed stream, with the keys that the Trainer wants."""
+
+    def __init__(self, packed: Any, count: int) -> None:
+        self.packed = packed
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        item = self.packed.item(index)
+        # The Trainer counts tokens only where there are "labels"; the model trains on shift_labels.
+        return {
+            "input_ids": item["input_ids"],
+            "position_ids": item["position_ids"],
+            "shift_labels": item["shift_labels"],
+            "labels": item["shift_labels"],
+        }
+
+
+class LongGenTrainer(Trainer):
+    """Train on sequences in the order of their index, so that a resumed run sees what it would have seen."""
+
+    progress: Progress
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.progress.count(inputs["position_ids"])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class Progress(TrainerCallback):
+    """Report loss, speed and remaining time; keep a log; stop cleanly on Ctrl-C; mark whole checkpoints.
+
+    Args:
+        shape: the model's shape, for its FLOPs.
+        plan: its layer plan.
+        folder: where `log.jsonl` goes.
+        log_steps: steps between lines.
+        card: the card's name, for its peak rate; None on CPU.
+        say: prints one line.
+    """
+
+    def __init__(
+        self, shape: ModelShape, plan: LayerPlan, folder: Path, log_steps: int, card: str | None, say: Say
+    ) -> None:
+        self.shape, self.plan = shape, plan
+        self.log_path = folder / "log.jsonl"
+        self.log_steps = log_steps
+        self.peak = peak_flops(card) if card else None
+        self.say = say
+        self.interrupted = False
+        self.flops = 0.0
+        self.tokens = 0
+        self.speeds: list[dict[str, float]] = []
+        self._flops_of: dict[int, float] = {}
+        self._since = 0.0
+        self._began = 0.0
+        self._old_handler: Any = None
+
+    def count(self, position_ids: torch.Tensor) -> None:
+        """Add up the tokens and model FLOPs of one batch: those of its documents, not of the packed length."""
+        for row in position_ids.cpu().numpy():
+            starts = np.flatnonzero(row == 0)
+            for length in np.diff(np.append(starts, len(row))).tolist():
+                if length not in self._flops_of:
+                    self._flops_of[length] = training_flops(self.shape, self.plan, length)
+                self.flops += self._flops_of[length]
+            self.tokens += len(row)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = self._since = time.perf_counter()
+        self._first_step = state.global_step
+        if threading.current_thread() is threading.main_thread():
+            self._old_handler = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.say("stopping after this step and saving; press Ctrl-C again to stop at once without saving")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.interrupted:
+            control.should_save = True
+            control.should_log = True
+            control.should_training_stop = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or not self.tokens:
+            return
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        speed = self.tokens / seconds
+        line = {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "grad_norm": logs.get("grad_norm"),
+            "learning_rate": logs.get("learning_rate"),
+            "tokens_per_second": speed,
+            "mfu": self.flops / seconds / self.peak if self.peak else None,
+            "seconds": seconds,
+            "tokens": self.tokens,
+        }
+        self.speeds.append({"tokens": self.tokens, "seconds": seconds, "flops": self.flops})
+        self.tokens, self.flops = 0, 0.0
+        if not state.is_world_process_zero:
+            return
+        with open(self.log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if state.global_step % self.log_steps == 0 or state.global_step in (
+            self._first_step + 1,
+            state.max_steps,
+        ):
+            done = state.global_step - self._first_step
+            eta = (now - self._began) / done * (state.max_steps - state.global_step)
+            parts = [
+                f"step {state.global_step}/{state.max_steps}",
+                f"loss {logs['loss']:.4f}",
+                f"{speed / 1000:.1f}K tok/s",
+                *([f"MFU {line['mfu']:.0%}"] if line["mfu"] else []),
+                f"{eta / 60:.0f} min left" if eta >= 90 else f"{eta:.0f} s left",
+            ]
+            self.say("  ".join(parts))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            (folder / WHOLE).write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
+
+    def medians(self) -> dict[str, float | None]:
+        """Return the median speed of the steps after the first, which compiles."""
+        speeds = self.speeds[1:] or self.speeds
+        if not speeds:
+            return {"tokens_per_second": None, "mfu": None}
+        rate = statistics.median(entry["tokens"] / entry["seconds"] for entry in speeds)
+        flops = statistics.median(entry["flops"] / entry["seconds"] for entry in speeds)
+        return {"tokens_per_second": rate, "mfu": flops / self.peak if self.peak else None}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._old_handler is not None:
+            signal.signal(signal.SIGINT, self._old_handler)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
+    """Return the newest checkpoint that was written to its end, and newer ones that were not."""
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    cut_off = []
+    for _, path in sorted(found, reverse=True):
+        if (path / WHOLE).is_file():
+            return path, cut_off
+        cut_off.append(path)
+    return None, cut_off
