@@ -1,4 +1,5 @@
-"""Folders of models: reading them, and writing them so that a half-written one is never taken for a whole one."""
+"""Folders of models: reading them, and writing them so that a half-written one is never taken for a
+whole one."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from longgen.errors import UsageError
 from longgen.hf import FAMILIES, is_hybrid
+from longgen.shapes import HYBRID_PREFIX
 
 # Written beside every output: how it was made, with every setting resolved.
 RECORD = "longgen.json"
@@ -25,13 +27,14 @@ def read_config(path: str | Path) -> Any:
     """Read a checkpoint's config and check that it is of a family that LongGen knows.
 
     Raises:
-        UsageError: if there is no checkpoint, or its architecture is not one of llama, mistral, qwen2 and qwen3.
+        UsageError: if there is no checkpoint, or its architecture is not one of llama, mistral,
+            qwen2 and qwen3.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UsageError(
-            f"There is no checkpoint in {folder}: config.json is missing. Give the folder of a Hugging Face checkpoint "
-            "(download one with `hf download NAME --local-dir FOLDER`)."
+            f"There is no checkpoint in {folder}: config.json is missing. Give the folder of a "
+            "Hugging Face checkpoint (download one with `hf download NAME --local-dir FOLDER`)."
         )
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -40,7 +43,7 @@ def read_config(path: str | Path) -> Any:
         raise UsageError(
             f"{folder / 'config.json'} is not the JSON of a model config ({error})."
         ) from None
-    if str(model_type).removeprefix("longgen_") not in FAMILIES:
+    if str(model_type).removeprefix(HYBRID_PREFIX) not in FAMILIES:
         raise UsageError(
             f"{folder} holds a {model_type!r} model; LongGen works with {', '.join(FAMILIES)}."
         )
@@ -82,8 +85,8 @@ def load_tokenizer(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"No tokenizer could be loaded from {path} ({str(error).splitlines()[0]}). Put the model's tokenizer.json and "
-            "tokenizer_config.json beside its weights."
+            f"No tokenizer could be loaded from {path} ({str(error).splitlines()[0]}). Put the "
+            "model's tokenizer.json and tokenizer_config.json beside its weights."
         ) from None
 
 
@@ -95,13 +98,15 @@ def refuse_hybrid(config: Any, path: str | Path) -> None:
     """
     if is_hybrid(config):
         raise UsageError(
-            f"{path} is a hybrid already ({config.layer_plan}). Give the original model with full attention."
+            f"{path} is a hybrid already ({config.layer_plan}). Give the original model with full "
+            "attention."
         )
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if kinds or (window is not None and window < config.max_position_embeddings):
         raise UsageError(
-            f"{path} is a sparse model already: {'layers of type ' + ', '.join(kinds) if kinds else f'sliding window {window}'}. "
+            f"{path} is a sparse model already: "
+            f"{'layers of type ' + ', '.join(kinds) if kinds else f'sliding window {window}'}. "
             "Give a model with full attention in every layer."
         )
 
@@ -135,9 +140,11 @@ def write_json(path: Path, data: Any) -> None:
 
 @contextmanager
 def staged_checkpoint(folder: Path) -> Iterator[Path]:
-    """Give a folder to write a checkpoint to; when all is written, move its files to `folder`, config.json last.
+    """Give a folder to write a checkpoint to; when all is written, move its files to `folder`,
+    config.json last.
 
-    A checkpoint without config.json is refused by every loader, so one cut off half-way is never used.
+    A checkpoint without config.json is refused by every loader, so one cut off half-way is never
+    used.
     """
     staging = folder / _STAGING
     shutil.rmtree(staging, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""Turn a pretrained checkpoint into a hybrid one: weights untouched, layer types, pattern and rotary base set."""
+"""Turn a pretrained checkpoint into a hybrid one: weights untouched, layer types, pattern and
+rotary base set."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def load_as_hybrid(
     """Load a plain checkpoint's weights into its hybrid; arguments as in `hybrid_config`.
 
     Raises:
-        UsageError: if the checkpoint is a hybrid already, of an unknown architecture, or lacks weights.
+        UsageError: if the checkpoint is a hybrid already, of an unknown architecture, or lacks
+            weights.
     """
     base = read_config(model)
     refuse_hybrid(base, model)
@@ -84,14 +86,15 @@ def load_as_hybrid(
     absent = sorted(loading["missing_keys"]) + sorted(loading["mismatched_keys"])
     if absent:
         raise UsageError(
-            f"The checkpoint in {model} lacks {len(absent)} weights that its config.json asks for ({absent[0]}, ...). "
-            "Download it again."
+            f"The checkpoint in {model} lacks {len(absent)} weights that its config.json asks for "
+            f"({absent[0]}, ...). Download it again."
         )
     return hybrid
 
 
 def save_hybrid(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> None:
-    """Write a hybrid checkpoint with its tokenizer and the record of how it was made, whole or not at all."""
+    """Write a hybrid checkpoint with its tokenizer and the record of how it was made, whole or not
+    at all."""
     with staged_checkpoint(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -106,7 +109,8 @@ def convert(
     context: int | None = None,
     rope_theta: float | None = None,
 ) -> dict[str, Any]:
-    """Convert a checkpoint without training and write it to `out`; returns the record that lies beside it.
+    """Convert a checkpoint without training and write it to `out`; returns the record that lies
+    beside it.
 
     The result computes what the pattern lets it see; without training it is not yet good at it.
     """

@@ -4,6 +4,6 @@
 class UsageError(ValueError):
     """Report something the user can put right.
 
-    The message is a sentence: what was wrong, the value, and what to do. The command line prints it alone and exits with
-    code 2; library users catch it as a `ValueError`.
+    The message is a sentence: what was wrong, the value, and what to do. The command line prints it
+    alone and exits with code 2; library users catch it as a `ValueError`.
     """

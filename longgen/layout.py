@@ -1,8 +1,9 @@
-"""Which token of which document stands where along the query and key axes: packing, padding, caches, offsets.
+"""Which token of which document stands where along the query and key axes: packing, padding,
+caches, offsets.
 
-A sparse pattern counts blocks from the start of each document. Packed sequences, left-padded batches, chunked prefill and
-caches that dropped tokens all put documents at other places of a tensor; an `Axis` says where, and everything that needs
-positions reads them from it.
+A sparse pattern counts blocks from the start of each document. Packed sequences, left-padded
+batches, chunked prefill and caches that dropped tokens all put documents at other places of a
+tensor; an `Axis` says where, and everything that needs positions reads them from it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def contiguous(length: int, start: int = 0) -> Axis:
 
 
 def packed(cu_seqlens: Sequence[int]) -> Axis:
-    """Return the axis of documents packed one after another, given their cumulative lengths [0, n1, n1 + n2, ...]."""
+    """Return the axis of documents packed one after another, given their cumulative lengths [0, n1,
+    n1 + n2, ...]."""
     bounds = [int(bound) for bound in cu_seqlens]
     if not bounds or bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
         raise UsageError(f"cu_seqlens is {bounds}; it must start at 0 and never fall.")
@@ -56,7 +58,8 @@ def padded(length: int, start: int, padding: int) -> Axis:
 
 
 def from_position_ids(position_ids: np.ndarray) -> Axis:
-    """Return the axis of one row of `position_ids` (T,): a new document begins wherever they do not count on by one."""
+    """Return the axis of one row of `position_ids` (T,): a new document begins wherever they do not
+    count on by one."""
     breaks = np.flatnonzero(np.diff(position_ids) != 1) + 1
     bounds = [0, *breaks.tolist(), len(position_ids)]
     pairs = zip(bounds, bounds[1:], strict=False)
@@ -66,7 +69,8 @@ def from_position_ids(position_ids: np.ndarray) -> Axis:
 def cached(
     pattern: SparsePattern, seen: int, padding: int, head: int, length: int | None = None
 ) -> Axis:
-    """Return what a sparse layer's cache holds of one row after `seen` columns, filled up with padding to `length`."""
+    """Return what a sparse layer's cache holds of one row after `seen` columns, filled up with
+    padding to `length`."""
     runs = [Run(0, a, b - a) for a, b in pattern.kept_ranges(max(seen - padding, 0), head)]
     held = sum(run.length for run in runs)
     if length is not None and length > held:
@@ -90,11 +94,13 @@ def axis_length(axis: Axis) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Say where the tokens of a query tensor (B, T, H, D) and a key tensor (B, S, Hkv, D) come from.
+    """Say where the tokens of a query tensor (B, T, H, D) and a key tensor (B, S, Hkv, D) come
+    from.
 
     Attributes:
         queries: one axis a batch row, or a single one that all rows share.
-        keys: for each batch row (or one for all) one axis a key/value head, or a single one that all heads share.
+        keys: for each batch row (or one for all) one axis a key/value head, or a single one that
+            all heads share.
     """
 
     queries: tuple[Axis, ...]
@@ -102,11 +108,13 @@ class Layout:
 
     @classmethod
     def causal(cls, num_queries: int, num_keys: int | None = None) -> Layout:
-        """Return the layout of one unpadded document whose last `num_queries` of `num_keys` tokens are the queries."""
+        """Return the layout of one unpadded document whose last `num_queries` of `num_keys` tokens
+        are the queries."""
         num_keys = num_queries if num_keys is None else num_keys
         if num_keys < num_queries:
             raise UsageError(
-                f"There are {num_queries} queries but only {num_keys} keys; give keys for every query."
+                f"There are {num_queries} queries but only {num_keys} keys; give keys for every "
+                "query."
             )
         return cls((contiguous(num_queries, num_keys - num_queries),), ((contiguous(num_keys),),))
 
@@ -153,7 +161,8 @@ class Layout:
 
     @property
     def is_causal(self) -> bool:
-        """Whether queries and keys are the same unpadded document from its start: the plain training case."""
+        """Whether queries and keys are the same unpadded document from its start: the plain
+        training case."""
         return (
             self.num_rows == 1
             and self.num_key_heads == 1
@@ -163,7 +172,8 @@ class Layout:
         )
 
     def sees_everything(self, pattern: SparsePattern, head_offset: int = 0) -> bool:
-        """Whether the only query of every row sees every key, so that decoding needs no mask at all."""
+        """Whether the only query of every row sees every key, so that decoding needs no mask at
+        all."""
         if self.num_queries != 1:
             return False
         for index in range(self.num_rows):
@@ -172,7 +182,11 @@ class Layout:
             for head, axis in enumerate(heads):
                 if any(run.document != document or document == PADDING for run in axis):
                     return False
-                if len(heads) == 1 and pattern.num_head_classes > 1 and not pattern.covers(position + 1):
+                if (
+                    len(heads) == 1
+                    and pattern.num_head_classes > 1
+                    and not pattern.covers(position + 1)
+                ):
                     return False
                 ranges = pattern.key_ranges(position, position + 1, head_offset + head)
                 if not all(

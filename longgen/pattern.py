@@ -1,7 +1,8 @@
 """The one definition of what a sparse layer sees: `SparsePattern`.
 
-Everything else (dense masks, kernel block lists, cache contents, accounting, communication) is derived from this file.
-Positions count tokens from the start of a document; `head` is always the GLOBAL key/value head index.
+Everything else (dense masks, kernel block lists, cache contents, accounting, communication) is
+derived from this file. Positions count tokens from the start of a document; `head` is always the
+GLOBAL key/value head index.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ class SparsePattern:
 
         visible(q, k, h)  <=>  k <= q  and  ( j < sink_blocks
                                            or  i - j < local_blocks
-                                           or  (stride_blocks and (j + h * head_shift) % stride_blocks == 0) )
+                                           or  (stride_blocks and (j + h * head_shift) %
+                                           stride_blocks == 0) )
 
-    Blocks are counted from the start of the document, so a key that drops out of sight never comes back. That is what
-    lets a cache free it.
+    Blocks are counted from the start of the document, so a key that drops out of sight never comes
+    back. That is what lets a cache free it.
 
     Attributes:
         block_size: tokens in a block.
@@ -62,17 +64,19 @@ class SparsePattern:
                 )
         if self.head_shift and not self.stride_blocks:
             raise UsageError(
-                f"head_shift is {self.head_shift} but stride_blocks is 0: only strided blocks move from head to head. "
-                "Set stride_blocks or leave head_shift at 0."
+                f"head_shift is {self.head_shift} but stride_blocks is 0: only strided blocks move "
+                "from head to head. Set stride_blocks or leave head_shift at 0."
             )
 
-    # ------------------------------------------------------------------ presets and (de)serialisation
+    # ------------------------------------------------------------------ presets and
+    # (de)serialisation
 
     @classmethod
     def attention_sink(
         cls, block_size: int = 64, sink_blocks: int = 1, local_blocks: int = 32
     ) -> SparsePattern:
-        """Return the paper's "LongGen w/ AttnSink": the first block and the 32 most recent blocks of 64 tokens."""
+        """Return the paper's "LongGen w/ AttnSink": the first block and the 32 most recent blocks
+        of 64 tokens."""
         return cls(block_size=block_size, sink_blocks=sink_blocks, local_blocks=local_blocks)
 
     @classmethod
@@ -84,10 +88,11 @@ class SparsePattern:
         sink_blocks: int = 0,
         head_shift: int = 1,
     ) -> SparsePattern:
-        """Return the paper's "LongGen w/ BlockSparse": every 64th block of 64 tokens, shifted by head, and the own block.
+        """Return the paper's "LongGen w/ BlockSparse": every 64th block of 64 tokens, shifted by
+        head, and the own block.
 
-        The paper does not say how many local blocks it keeps or how heads are shifted; one of each is the least that
-        works.
+        The paper does not say how many local blocks it keeps or how heads are shifted; one of each
+        is the least that works.
         """
         return cls(
             block_size=block_size,
@@ -99,7 +104,8 @@ class SparsePattern:
 
     @classmethod
     def full(cls) -> SparsePattern:
-        """Return plain causal attention as a pattern, so that full layers go through the same code."""
+        """Return plain causal attention as a pattern, so that full layers go through the same
+        code."""
         return cls(block_size=128, sink_blocks=0, local_blocks=_EVERY_BLOCK)
 
     @classmethod
@@ -108,8 +114,8 @@ class SparsePattern:
         unknown = set(fields) - set(cls.__dataclass_fields__)
         if unknown:
             raise UsageError(
-                f"The pattern has fields {sorted(unknown)} that this version of longgen does not know. "
-                "Update longgen, or remove them."
+                f"The pattern has fields {sorted(unknown)} that this version of longgen does not "
+                "know. Update longgen, or remove them."
             )
         return cls(**fields)
 
@@ -134,8 +140,8 @@ class SparsePattern:
     def visible(self, q: Any, k: Any, head: Any = 0) -> Any:
         """Say whether query position `q` sees key position `k` in key/value head `head`.
 
-        Works on ints, numpy arrays and torch tensors alike (with broadcasting): kernels' mask functions, the reference
-        and the oracle all call this one method.
+        Works on ints, numpy arrays and torch tensors alike (with broadcasting): kernels' mask
+        functions, the reference and the oracle all call this one method.
         """
         if self.is_full:
             return k <= q
@@ -147,7 +153,8 @@ class SparsePattern:
             seen = seen | ((j + head * self.head_shift) % self.stride_blocks == 0)
         return (k <= q) & seen
 
-    # ------------------------------------------------------------------ facts derived in closed form
+    # ------------------------------------------------------------------ facts derived in closed
+    # form
 
     @property
     def is_full(self) -> bool:
@@ -160,26 +167,32 @@ class SparsePattern:
 
     @property
     def num_head_classes(self) -> int:
-        """Number of consecutive heads after which the pattern repeats (1: all heads see the same)."""
+        """Number of consecutive heads after which the pattern repeats (1: all heads see the
+        same)."""
         if not self.stride_blocks or self.head_shift % self.stride_blocks == 0:
             return 1
         return self.stride_blocks // int(np.gcd(self.stride_blocks, self.head_shift))
 
     def residue(self, head: int) -> int:
-        """Return r such that key block j is strided for `head` exactly if j % stride_blocks == r."""
+        """Return r such that key block j is strided for `head` exactly if j % stride_blocks ==
+        r."""
         return (-head * self.head_shift) % self.stride_blocks if self.stride_blocks else 0
 
     def key_ranges(self, q_start: int, q_stop: int, head: int = 0) -> tuple[Range, ...]:
-        """Return the token ranges [start, stop) that queries in [q_start, q_stop) of one document see, in order.
+        """Return the token ranges [start, stop) that queries in [q_start, q_stop) of one document
+        see, in order.
 
         This is what a rank that holds those queries must have, and what a cache must keep for them.
         """
         return _key_ranges(self, q_start, q_stop, head % self.num_head_classes)
 
     def kept_ranges(self, length: int, head: int = 0) -> tuple[Range, ...]:
-        """Return the token ranges that a cache still needs after `length` tokens of a document: exactly those that the
-        next query sees, since nothing that is out of its sight ever comes back."""
-        ranges = ((start, min(stop, length)) for start, stop in self.key_ranges(length, length + 1, head))
+        """Return the token ranges that a cache still needs after `length` tokens of a document:
+        exactly those that the next query sees, since nothing that is out of its sight ever comes
+        back."""
+        ranges = (
+            (start, min(stop, length)) for start, stop in self.key_ranges(length, length + 1, head)
+        )
         return tuple((start, stop) for start, stop in ranges if start < stop)
 
     def num_kept(self, length: int, head: int = 0) -> int:
@@ -189,13 +202,15 @@ class SparsePattern:
     def cache_length(self, length: int, num_key_value_heads: int) -> int:
         """Return the tokens per head that a layer's cache allocates after `length` tokens.
 
-        Heads share one buffer, so it is as long as its fullest head (heads differ by less than two blocks).
+        Heads share one buffer, so it is as long as its fullest head (heads differ by less than two
+        blocks).
         """
         heads = range(min(num_key_value_heads, self.num_head_classes))
         return max(self.num_kept(length, head) for head in heads)
 
     def visible_pairs(self, length: int, head: int = 0) -> int:
-        """Return the number of (query, key) pairs that a document of `length` tokens computes in one head."""
+        """Return the number of (query, key) pairs that a document of `length` tokens computes in
+        one head."""
         if self.is_full:
             return length * (length + 1) // 2
         size = self.block_size
@@ -213,8 +228,12 @@ class SparsePattern:
     def mean_visible_pairs(self, length: int, num_key_value_heads: int) -> float:
         """Return `visible_pairs` averaged over the key/value heads."""
         classes = self.num_head_classes
-        counts = [self.visible_pairs(length, head) for head in range(min(classes, num_key_value_heads))]
-        return sum(counts[head % classes] for head in range(num_key_value_heads)) / num_key_value_heads
+        counts = [
+            self.visible_pairs(length, head) for head in range(min(classes, num_key_value_heads))
+        ]
+        return (
+            sum(counts[head % classes] for head in range(num_key_value_heads)) / num_key_value_heads
+        )
 
 
 @lru_cache(maxsize=4096)

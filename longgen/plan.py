@@ -1,4 +1,5 @@
-"""Which layers stay full (`LayerPlan`), written as a string with one letter a layer: `SSSSSSSSSSFFFFFFFFFFFFSSSSSSSSSS`."""
+"""Which layers stay full (`LayerPlan`), written as a string with one letter a layer:
+`SSSSSSSSSSFFFFFFFFFFFFSSSSSSSSSS`."""
 
 from __future__ import annotations
 
@@ -13,12 +14,16 @@ FULL_LAYER = "full_attention"
 SPARSE_LAYER = "longgen_sparse"
 
 _FULL = SparsePattern.full()
-_FORMS = "middle, top, bottom, interleaved (each also with a count, as middle:12), all, none, or layers such as 10-21,30"
+_FORMS = (
+    "middle, top, bottom, interleaved (each also with a count, as middle:12), all, none, "
+    "or layers such as 10-21,30"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """Say for every decoder layer whether it attends fully or under the sparse pattern (arXiv 2410.01485).
+    """Say for every decoder layer whether it attends fully or under the sparse pattern (arXiv
+    2410.01485).
 
     Attributes:
         layers: one letter a layer from the bottom up, "F" full and "S" sparse.
@@ -31,7 +36,8 @@ class LayerPlan:
     def __post_init__(self) -> None:
         if not self.layers or set(self.layers) - {"F", "S"}:
             raise UsageError(
-                f"The layer string is {self.layers!r}; write one letter a layer, F for full and S for sparse."
+                f"The layer string is {self.layers!r}; write one letter a layer, F for full and S "
+                "for sparse."
             )
 
     @classmethod
@@ -45,20 +51,23 @@ class LayerPlan:
 
         Args:
             num_layers: decoder layers of the model.
-            full_layers: "middle" (the default: the middle ceil(N / 3) layers), "top" (nearest the output), "bottom",
-                "interleaved" (evenly spaced), each with an optional count ("middle:12" is the paper's Llama-2-7B),
-                "all", "none", layers as text ("10-21", "3,5,9-11"), a layer string ("SSFFSS") or a sequence of indices.
+            full_layers: "middle" (the default: the middle ceil(N / 3) layers), "top" (nearest the
+                output), "bottom", "interleaved" (evenly spaced), each with an optional count
+                ("middle:12" is the paper's Llama-2-7B), "all", "none", layers as text ("10-21",
+                "3,5,9-11"), a layer string ("SSFFSS") or a sequence of indices.
             pattern: the sparse layers' pattern; None is the default `SparsePattern()`.
 
         Raises:
-            UsageError: if the choice is not understood, names a layer that does not exist, or more layers than there are.
+            UsageError: if the choice is not understood, names a layer that does not exist, or more
+                layers than there are.
         """
         pattern = pattern or SparsePattern()
         if isinstance(full_layers, str):
             if re.fullmatch("[FS]+", full_layers):
                 if len(full_layers) != num_layers:
                     raise UsageError(
-                        f"The layer string {full_layers} has {len(full_layers)} letters, the model {num_layers} layers."
+                        f"The layer string {full_layers} has {len(full_layers)} letters, the model "
+                        f"{num_layers} layers."
                     )
                 return cls(full_layers, pattern)
             indices = _parse(full_layers, num_layers)
@@ -118,7 +127,9 @@ def _parse(text: str, num_layers: int) -> list[int]:
         name = named[1]
         count = int(named[2]) if named[2] else -(-num_layers // 3)
         if count > num_layers:
-            raise UsageError(f"{text} asks for {count} full layers; the model has only {num_layers}.")
+            raise UsageError(
+                f"{text} asks for {count} full layers; the model has only {num_layers}."
+            )
         if name == "interleaved":
             return [(2 * i + 1) * num_layers // (2 * count) for i in range(count)]
         starts = {"middle": (num_layers - count) // 2, "top": num_layers - count, "bottom": 0}
@@ -129,9 +140,13 @@ def _parse(text: str, num_layers: int) -> list[int]:
     for part in text.split(","):
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not span:
-            raise UsageError(f"The choice of full layers {text!r} is not understood; give {_FORMS}.")
+            raise UsageError(
+                f"The choice of full layers {text!r} is not understood; give {_FORMS}."
+            )
         first, last = int(span[1]), int(span[2] or span[1])
         if last < first:
-            raise UsageError(f"The layer range {part.strip()!r} runs backwards; write {last}-{first}.")
+            raise UsageError(
+                f"The layer range {part.strip()!r} runs backwards; write {last}-{first}."
+            )
         indices += range(first, last + 1)
     return indices

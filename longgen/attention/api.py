@@ -1,6 +1,7 @@
 """The one way in: `attention()` checks its inputs, chooses an implementation and runs it.
 
-B batch, T queries, S keys, H query heads, Hkv key/value heads, D head size. Tensors are (B, T, H, D) throughout.
+B batch, T queries, S keys, H query heads, Hkv key/value heads, D head size. Tensors are (B, T, H,
+D) throughout.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _MASKED: dict[str, Callable[..., torch.Tensor]] = {
 }
 IMPLEMENTATIONS = ("auto", *_MASKED)
 
-# Below this many queries a chunk with a cache is cheaper in plain PyTorch than a compiled kernel's launch and lists.
+# Below this many queries a chunk with a cache is cheaper in plain PyTorch than a compiled kernel's
+# launch and lists.
 _FEW_QUERIES = 16
 
 _announced: set[tuple[str, str]] = set()
@@ -52,19 +54,21 @@ def attention(
         k: keys (B, S, Hkv, D), rotary already applied; H must be a multiple of Hkv.
         v: values (B, S, Hkv, D).
         pattern: what each query sees; None is full causal attention.
-        layout: where queries and keys stand in their documents; None is one document whose last T of S tokens are the
-            queries.
+        layout: where queries and keys stand in their documents; None is one document whose last T
+            of S tokens are the queries.
         scale: factor on the scores; None is D ** -0.5.
-        head_offset: global index of the first key/value head given here (tensor or Ulysses parallelism).
-        impl: "reference" (fp32 softmax over a dense mask), "blocked" (plain PyTorch, any device), "flex"
-            (FlexAttention), or "auto", which picks by device and case and logs its choice once. A named implementation
-            runs or raises; none is ever replaced by another.
+        head_offset: global index of the first key/value head given here (tensor or Ulysses
+            parallelism).
+        impl: "reference" (fp32 softmax over a dense mask), "blocked" (plain PyTorch, any device),
+            "flex" (FlexAttention), or "auto", which picks by device and case and logs its choice
+            once. A named implementation runs or raises; none is ever replaced by another.
 
     Returns:
         (B, T, H, D) in q's dtype. Queries that see nothing (padding) give zeros.
 
     Raises:
-        UsageError: if shapes, layout and pattern do not fit together, or the implementation cannot do the work.
+        UsageError: if shapes, layout and pattern do not fit together, or the implementation cannot
+            do the work.
     """
     pattern = pattern or SparsePattern.full()
     layout = layout or Layout.causal(q.shape[1], k.shape[1])
@@ -102,14 +106,18 @@ def _announce(impl: str, pattern: SparsePattern, q: torch.Tensor) -> None:
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, impl: str) -> None:
     if impl not in IMPLEMENTATIONS:
-        raise UsageError(f"There is no attention implementation {impl!r}; choose from {IMPLEMENTATIONS}.")
+        raise UsageError(
+            f"There is no attention implementation {impl!r}; choose from {IMPLEMENTATIONS}."
+        )
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise UsageError(
-            "q must be (B, T, H, D) and k, v (B, S, Hkv, D) alike; "
-            f"they are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
+            f"q must be (B, T, H, D) and k, v (B, S, Hkv, D) alike; they are {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}."
         )
     if not q.dtype == k.dtype == v.dtype:
-        raise UsageError(f"q, k and v must have one dtype; they are {q.dtype}, {k.dtype}, {v.dtype}.")
+        raise UsageError(
+            f"q, k and v must have one dtype; they are {q.dtype}, {k.dtype}, {v.dtype}."
+        )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise UsageError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch and head size, "

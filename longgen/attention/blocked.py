@@ -1,7 +1,8 @@
-"""Attention in plain PyTorch, a chunk of queries at a time over only the key tiles that the chunk sees.
+"""Attention in plain PyTorch, a chunk of queries at a time over only the key tiles that the chunk
+sees.
 
-The portable path: any device, forward and backward, no compiler, memory linear in the sequence. It is what runs on CPU and
-for short chunks with a cache.
+The portable path: any device, forward and backward, no compiler, memory linear in the sequence. It
+is what runs on CPU and for short chunks with a cache.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ KEY_TILE = 64
 @lru_cache(maxsize=64)
 def _places(layout: Layout, device: torch.device) -> tuple[torch.Tensor, ...]:
     arrays = (*layout.query_places(), *layout.key_places())
-    return tuple(torch.from_numpy(array).to(device) for array in arrays)
+    # Shared by training and inference: tensors born in inference mode could not be saved for
+    # backward.
+    with torch.inference_mode(False):
+        return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
 
 @lru_cache(maxsize=64)
@@ -37,7 +41,9 @@ def _chunks(
     return tuple(tuple(chunk.nonzero()[:, 0].tolist()) for chunk in some[0])
 
 
-def _key_columns(tiles: tuple[int, ...], num_keys: int, device: torch.device) -> torch.Tensor | slice:
+def _key_columns(
+    tiles: tuple[int, ...], num_keys: int, device: torch.device
+) -> torch.Tensor | slice:
     if tiles == tuple(range(tiles[0], tiles[-1] + 1)):
         return slice(tiles[0] * KEY_TILE, min((tiles[-1] + 1) * KEY_TILE, num_keys))
     starts = torch.tensor(tiles, device=device) * KEY_TILE
@@ -73,7 +79,8 @@ def _attend(
         documents = q_documents[rows, None]
         mask = (documents == k_documents[None, columns]) & (documents != PADDING)
         mask &= pattern.visible(q_positions[rows, None], k_positions[None, columns], head)
-        # A row of padding sees nothing: let it see everything, then blank it, so that no softmax is empty.
+        # A row of padding sees nothing: let it see everything, then blank it, so that no softmax is
+        # empty.
         seen = mask.any(-1, keepdim=True)
         out = F.scaled_dot_product_attention(
             chunk,

@@ -1,4 +1,5 @@
-"""Layers and steps that need no mask of ours: PyTorch's fused attention with the fastest backend of the card."""
+"""Layers and steps that need no mask of ours: PyTorch's fused attention with the fastest backend of
+the card."""
 
 from __future__ import annotations
 

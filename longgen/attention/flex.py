@@ -1,4 +1,5 @@
-"""FlexAttention with tile lists built in closed form: the portable GPU path, forward and backward."""
+"""FlexAttention with tile lists built in closed form: the portable GPU path, forward and
+backward."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tor
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., torch.Tensor]:
-    # One graph a pattern, length and gradient mode; the default limit of 8 would silently drop to the eager,
-    # mask-materialising path after a handful of lengths.
+    # One graph a pattern, length and gradient mode; the default limit of 8 would silently drop to
+    # the eager, mask-materialising path after a handful of lengths.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     torch._dynamo.config.accumulated_recompile_limit = max(
         torch._dynamo.config.accumulated_recompile_limit, 1024
@@ -34,7 +35,9 @@ def _mask_mod(
 ) -> MaskMod:
     if layout.is_causal and layout.queries[0][0].start == 0:
 
-        def causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        def causal(
+            b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+        ) -> torch.Tensor:
             return pattern.visible(q, k, h // group + head_offset)
 
         return causal
@@ -45,7 +48,9 @@ def _mask_mod(
     )
     q_rows, k_rows, k_heads = len(q_documents) > 1, len(k_documents) > 1, k_documents.shape[1] > 1
 
-    def anywhere(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def anywhere(
+        b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> torch.Tensor:
         q_row, k_row = b * int(q_rows), b * int(k_rows)
         k_head = (h // group) * int(k_heads)
         document = q_documents[q_row, q]
@@ -76,6 +81,20 @@ def block_mask(
 
     Layers with the same pattern share one: the result is cached for the layouts in use.
     """
+    # Made once and shared by training and inference: tensors born in inference mode could not be
+    # saved for backward.
+    with torch.inference_mode(False):
+        return _build(pattern, layout, num_heads, num_key_value_heads, head_offset, device)
+
+
+def _build(
+    pattern: SparsePattern,
+    layout: Layout,
+    num_heads: int,
+    num_key_value_heads: int,
+    head_offset: int,
+    device: torch.device,
+) -> BlockMask:
     group = num_heads // num_key_value_heads
     by_head = pattern.num_head_classes > 1 or layout.num_key_heads > 1
     somes, wholes = [], []
@@ -123,7 +142,8 @@ def flex_attend(
             'FlexAttention computes no gradients on CPU; use impl="blocked" (or "auto") there.'
         )
     mask = block_mask(pattern, layout, q.shape[2], k.shape[2], head_offset, q.device)
-    # The split-KV decoding kernel that short queries would get rejects per-head lists and GQA ratios such as 3.
+    # The split-KV decoding kernel that short queries would get rejects per-head lists and GQA
+    # ratios such as 3.
     options = {"FORCE_USE_FLEX_ATTENTION": True} if q.device.type == "cuda" else None
     out = _compiled()(
         *(x.transpose(1, 2) for x in (q, k, v)),

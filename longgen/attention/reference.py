@@ -1,4 +1,5 @@
-"""The reference: masked softmax in fp32 (or fp64) over the dense mask. It is the specification; nothing else is."""
+"""The reference: masked softmax in fp32 (or fp64) over the dense mask. It is the specification;
+nothing else is."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ def reference_attention(
     scale: float,
     head_offset: int = 0,
 ) -> torch.Tensor:
-    """Compute attention of q (B, T, H, D) over k, v (B, S, Hkv, D) by its definition; returns (B, T, H, D).
+    """Compute attention of q (B, T, H, D) over k, v (B, S, Hkv, D) by its definition; returns (B,
+    T, H, D).
 
-    Scores and softmax are in fp32, or fp64 for fp64 inputs. A query that sees nothing (padding) gives zeros.
+    Scores and softmax are in fp32, or fp64 for fp64 inputs. A query that sees nothing (padding)
+    gives zeros.
     """
     group = q.shape[2] // k.shape[2]
     mask = torch.from_numpy(layout.dense_mask(pattern, k.shape[2], head_offset)).to(q.device)

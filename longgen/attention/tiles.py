@@ -1,6 +1,8 @@
-"""Tile lists: which tiles of the score matrix hold anything, and which are wholly visible, in closed form.
+"""Tile lists: which tiles of the score matrix hold anything, and which are wholly visible, in
+closed form.
 
-Kernels walk these lists. They are computed tile by tile from the pattern's block arithmetic; no T x S mask is ever made.
+Kernels walk these lists. They are computed tile by tile from the pattern's block arithmetic; no T x
+S mask is ever made.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from longgen.pattern import SparsePattern
 
 
 def _segments(axis: Axis, tile: int) -> np.ndarray:
-    """Cut an axis at tile borders: int32 (4, n) of tile index, document, first and one-past-last position."""
+    """Cut an axis at tile borders: int32 (4, n) of tile index, document, first and one-past-last
+    position."""
     pieces = []
     column = 0
     for document, start, length in axis:
@@ -50,8 +53,9 @@ def tile_lists(
         device: where to compute and leave the result.
 
     Returns:
-        Two bool tensors (len(heads), ceil(T / tile_q), ceil(S / tile_k)): tiles in which some pair is visible, and tiles
-        in which all of tile_q * tile_k pairs exist and are visible. Both are exact.
+        Two bool tensors (len(heads), ceil(T / tile_q), ceil(S / tile_k)): tiles in which some pair
+        is visible, and tiles in which all of tile_q * tile_k pairs exist and are visible. Both are
+        exact.
     """
     q = torch.from_numpy(_segments(query_axis, tile_q)).to(device)
     k = torch.from_numpy(_segments(key_axis, tile_k)).to(device)
@@ -63,16 +67,20 @@ def tile_lists(
 
     same = (q_document == k_document) & (q_document != PADDING)
     reachable = same & (k_first <= q_stop - 1)
-    # The nearest pair of a reachable segment pair is on the diagonal, or its first query with its last key.
+    # The nearest pair of a reachable segment pair is on the diagonal, or its first query with its
+    # last key.
     near = (i_first - j_last).clamp(min=0) < pattern.local_blocks
     some = (reachable & (near | (j_first < pattern.sink_blocks))).expand(len(heads), -1, -1)
-    # Blocks of the segment that its last query sees neither as local nor as sink: these must all be strided.
+    # Blocks of the segment that its last query sees neither as local nor as sink: these must all be
+    # strided.
     left_first = j_first.clamp(min=pattern.sink_blocks)
     left_last = torch.minimum(j_last, i_last - pattern.local_blocks)
     whole = (same & (k_stop - 1 <= q_first)).expand(len(heads), -1, -1)
     if pattern.stride_blocks:
         stride = pattern.stride_blocks
-        residue = torch.tensor([pattern.residue(h) for h in heads], dtype=torch.int32, device=device)
+        residue = torch.tensor(
+            [pattern.residue(h) for h in heads], dtype=torch.int32, device=device
+        )
         residue = residue[:, None, None]
         strided = j_first + (residue - j_first) % stride
         some = some | (

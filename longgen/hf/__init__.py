@@ -1,4 +1,5 @@
-"""Hugging Face transformers integration; importing it registers the LongGen model types with the Auto classes."""
+"""Hugging Face transformers integration; importing it registers the LongGen model types with the
+Auto classes."""
 
 from longgen.hf.cache import HybridCache, SparseLayer, cache_bytes
 from longgen.hf.families import (

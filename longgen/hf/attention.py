@@ -1,4 +1,5 @@
-"""The attention function that transformers calls in every layer, and where it finds what the layer sees."""
+"""The attention function that transformers calls in every layer, and where it finds what the layer
+sees."""
 
 from __future__ import annotations
 
@@ -38,8 +39,9 @@ def check_attention_name(requested: str | None) -> str:
         return "longgen"
     if requested not in ATTENTION_NAMES:
         raise UsageError(
-            f'attn_implementation="{requested}" would ignore the sparse pattern that this model was trained with and '
-            f"run it densely. Leave it out, or choose one of {', '.join(ATTENTION_NAMES)}."
+            f'attn_implementation="{requested}" would ignore the sparse pattern that this model '
+            "was trained with and run it densely. Leave it out, or choose one of "
+            f"{', '.join(ATTENTION_NAMES)}."
         )
     return requested
 
@@ -55,25 +57,29 @@ def longgen_attention(
     longgen_layouts: LayerLayouts | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend in one layer; query (B, H, T, D), key and value (B, Hkv, S, D), rotary applied; returns (B, T, H, D)."""
+    """Attend in one layer; query (B, H, T, D), key and value (B, Hkv, S, D), rotary applied;
+    returns (B, T, H, D)."""
     config: Any = module.config
     layer_idx: Any = module.layer_idx
     if longgen_layouts is None:
         raise UsageError(
-            f"The longgen attention runs only inside LongGen models; {type(module).__name__} was called by another. "
-            "Convert the checkpoint with `longgen convert` first."
+            f"The longgen attention runs only inside LongGen models; {type(module).__name__} was "
+            "called by another. Convert the checkpoint with `longgen convert` first."
         )
     if dropout:
         raise UsageError(
-            f"attention_dropout is {dropout}; LongGen's kernels have no dropout. Set config.attention_dropout = 0."
+            f"attention_dropout is {dropout}; LongGen's kernels have no dropout. Set "
+            "config.attention_dropout = 0."
         )
     if key.shape[1] != config.num_key_value_heads:
         raise UsageError(
-            f"The layer got {key.shape[1]} of {config.num_key_value_heads} key/value heads: transformers' tensor "
-            "parallelism is not supported, because the pattern goes by global head numbers. Load without tp_plan."
+            f"The layer got {key.shape[1]} of {config.num_key_value_heads} key/value heads: "
+            "transformers' tensor parallelism is not supported, because the pattern goes by "
+            "global head numbers. Load without tp_plan."
         )
     if torch.is_autocast_enabled(query.device.type):
-        # Rotary embedding leaves fp32 behind under autocast; the kernels would run at a fraction of their speed.
+        # Rotary embedding leaves fp32 behind under autocast; the kernels would run at a fraction of
+        # their speed.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (states.to(dtype) for states in (query, key, value))
     out = attention(

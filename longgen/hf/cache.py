@@ -1,4 +1,5 @@
-"""The hybrid cache of a transformers model: full layers keep every token, sparse layers only what the pattern still needs."""
+"""The hybrid cache of a transformers model: full layers keep every token, sparse layers only what
+the pattern still needs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from longgen.plan import SPARSE_LAYER, LayerPlan
 
 
 class _Rows:
-    """Hold what all layers of one cache share: how many columns at the start of each batch row are padding."""
+    """Hold what all layers of one cache share: how many columns at the start of each batch row are
+    padding."""
 
     def __init__(self) -> None:
         self.paddings: tuple[int, ...] = (0,)
@@ -32,20 +34,23 @@ def _distinct(paddings: tuple[int, ...]) -> tuple[int, ...]:
 def _held(
     pattern: SparsePattern, seen: int, paddings: tuple[int, ...], num_heads: int
 ) -> tuple[tuple[Axis, ...], ...]:
-    """Return what a sparse layer's buffers hold after `seen` columns: an axis a row and head, all equally long."""
+    """Return what a sparse layer's buffers hold after `seen` columns: an axis a row and head, all
+    equally long."""
     heads = range(num_heads if pattern.num_head_classes > 1 else 1)
     length = max(
         axis_length(cached(pattern, seen, padding, head)) for padding in paddings for head in heads
     )
     return tuple(
-        tuple(cached(pattern, seen, padding, head, length) for head in heads) for padding in paddings
+        tuple(cached(pattern, seen, padding, head, length) for head in heads)
+        for padding in paddings
     )
 
 
 def cache_layout(
     pattern: SparsePattern, seen: int, new: int, paddings: tuple[int, ...], num_heads: int
 ) -> Layout:
-    """Return the layout of `new` query columns against a layer's cache of `seen` columns followed by the new keys.
+    """Return the layout of `new` query columns against a layer's cache of `seen` columns followed
+    by the new keys.
 
     Args:
         pattern: the layer's pattern; a full one gives the layout of a cache that kept everything.
@@ -69,7 +74,8 @@ def cache_layout(
 
 
 def _join(first: Axis, second: Axis) -> Axis:
-    """Concatenate two axes, merging runs that continue one another so that equal layouts compare equal."""
+    """Concatenate two axes, merging runs that continue one another so that equal layouts compare
+    equal."""
     if first and second:
         a, b = first[-1], second[0]
         if a.document == b.document != PADDING and a.start + a.length == b.start:
@@ -86,7 +92,8 @@ def _retained(
     num_heads: int,
     device: torch.device,
 ) -> torch.Tensor | None:
-    """Return which columns of [held before | new] are held after: (rows, heads, S) indices, or None if all stay as they are."""
+    """Return which columns of [held before | new] are held after: (rows, heads, S) indices, or None
+    if all stay as they are."""
     source = cache_layout(pattern, before, after - before, paddings, num_heads)
     target = _held(pattern, after, paddings, num_heads)
     documents, positions = source.key_places()
@@ -98,7 +105,9 @@ def _retained(
             wanted = Layout((contiguous(0),), ((axis,),)).key_places()
             is_token = wanted[0][0, 0] != PADDING
             chosen = np.zeros(len(is_token), np.int64)
-            places = np.searchsorted(positions[row, source_head, columns], wanted[1][0, 0, is_token])
+            places = np.searchsorted(
+                positions[row, source_head, columns], wanted[1][0, 0, is_token]
+            )
             chosen[is_token] = columns[places]
             index.append(chosen)
     stacked = np.stack(index).reshape(len(target), len(target[0]), -1)
@@ -108,14 +117,18 @@ def _retained(
 
 
 class SparseLayer(DynamicLayer):
-    """Cache one sparse layer: keys and values (B, Hkv, S, D) of exactly the tokens that later queries still see.
+    """Cache one sparse layer: keys and values (B, Hkv, S, D) of exactly the tokens that later
+    queries still see.
 
-    `update` returns what this step's queries attend to (held tokens, then the new ones) and keeps only what the pattern
-    needs after them. Positions follow from the pattern (`cache_layout`), so none are stored. With per-head strides each
-    head keeps its own blocks.
+    `update` returns what this step's queries attend to (held tokens, then the new ones) and keeps
+    only what the pattern needs after them. Positions follow from the pattern (`cache_layout`), so
+    none are stored. With per-head strides each head keeps its own blocks.
     """
 
     _layer_type = SPARSE_LAYER
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
+    is_initialized: bool
     # Marks the layer as one that does not grow with the sequence for transformers' offloading.
     is_sliding = True
     is_croppable = False
@@ -140,8 +153,10 @@ class SparseLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before, self.seen = self.seen, self.seen + key_states.shape[-2]
-        keys = torch.cat([self.keys, key_states], dim=-2) if before else key_states
-        values = torch.cat([self.values, value_states], dim=-2) if before else value_states
+        keys, values = key_states, value_states
+        if self.keys is not None and self.values is not None and before:
+            keys = torch.cat([self.keys, keys], dim=-2)
+            values = torch.cat([self.values, values], dim=-2)
         index = _retained(
             self.pattern,
             before,
@@ -171,8 +186,8 @@ class SparseLayer(DynamicLayer):
         """Refuse: the tokens that would come back into sight are gone."""
         if tokens_to_remove:
             raise UsageError(
-                "A LongGen cache cannot be cropped: its sparse layers have freed what lies before their window. "
-                "Start from a new cache (or a copy made earlier) instead."
+                "A LongGen cache cannot be cropped: its sparse layers have freed what lies before "
+                "their window. Start from a new cache (or a copy made earlier) instead."
             )
 
 
@@ -218,9 +233,10 @@ class HybridCache(Cache):
         old = self._spread(len(new))
         if any(a != b and min(a, b) < seen for a, b in zip(old, new, strict=True)):
             raise UsageError(
-                f"The attention mask now says that the rows begin after {list(new)} columns of padding, "
-                f"but the cache was filled with {list(self.rows.paddings)}. Masked columns may stand only at the "
-                "start of a row, and must stay the same while a cache is in use."
+                f"The attention mask now says that the rows begin after {list(new)} columns of "
+                f"padding, but the cache was filled with {list(self.rows.paddings)}. Masked "
+                "columns may stand only at the start of a row, and must stay the same while a "
+                "cache is in use."
             )
         self.rows.paddings = new
 
@@ -247,7 +263,8 @@ class HybridCache(Cache):
 
 
 def cache_bytes(past_key_values: Cache) -> int:
-    """Return the bytes of memory that a cache's keys and values hold (whole allocations, not just the views of them)."""
+    """Return the bytes of memory that a cache's keys and values hold (whole allocations, not just
+    the views of them)."""
     storages = {}
     for layer in past_key_values.layers:
         for states in (getattr(layer, "keys", None), getattr(layer, "values", None)):

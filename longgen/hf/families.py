@@ -1,7 +1,8 @@
-"""The model families: one factory makes a config and model classes for each and registers them with transformers.
+"""The model families: one factory makes a config and model classes for each and registers them with
+transformers.
 
-Each family has a `model_type` of its own ("longgen_llama", ...), so that software that does not know it refuses to load the
-checkpoint instead of running it densely.
+Each family has a `model_type` of its own ("longgen_llama", ...), so that software that does not
+know it refuses to load the checkpoint instead of running it densely.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from longgen.errors import UsageError
 from longgen.hf.model import HybridCausalLMMixin, HybridModelMixin
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
+from longgen.shapes import HYBRID_PREFIX
 
-# Base model type -> prefix of transformers' class names, and whether its decoder looks masks up by layer type.
+# Base model type -> prefix of transformers' class names, and whether its decoder looks masks up by
+# layer type.
 FAMILIES = {
     "llama": ("Llama", False),
     "mistral": ("Mistral", False),
     "qwen2": ("Qwen2", True),
     "qwen3": ("Qwen3", True),
 }
-PREFIX = "longgen_"
 
-_STUB = '''"""Makes this checkpoint load with trust_remote_code=True; the code is the `longgen` package (pip install longgen)."""
+_STUB = '''"""Lets this checkpoint load with trust_remote_code=True; the code is `pip install longgen`."""
 
 from longgen.hf import {names}
 
@@ -39,7 +41,8 @@ __all__ = [{listed}]
 class HybridConfigMixin:
     """Add the layer plan to a transformers config.
 
-    Two fields are stored in config.json: `layer_types`, one string a layer, and `longgen`, {"pattern": {...}}.
+    Two fields are stored in config.json: `layer_types`, one string a layer, and `longgen`,
+    {"pattern": {...}}.
     """
 
     layer_types: list[str] | None
@@ -76,7 +79,8 @@ def _make(base_type: str) -> tuple[type, type, type]:
     name = f"LongGen{prefix}"
 
     def post_init(self: Any, **kwargs: Any) -> None:
-        # transformers does not store the attention in a checkpoint; without this it would come back as dense sdpa.
+        # transformers does not store the attention in a checkpoint; without this it would come back
+        # as dense sdpa.
         kwargs.setdefault("attn_implementation", "longgen")
         plan = None
         if self.layer_types is None:
@@ -86,7 +90,8 @@ def _make(base_type: str) -> tuple[type, type, type]:
             self.longgen = {"pattern": (plan.pattern if plan else SparsePattern()).to_dict()}
         if len(self.layer_types) != self.num_hidden_layers:
             raise UsageError(
-                f"The config lists {len(self.layer_types)} layer_types for {self.num_hidden_layers} layers."
+                f"The config lists {len(self.layer_types)} layer_types for "
+                f"{self.num_hidden_layers} layers."
             )
         if getattr(self, "sliding_window", None) is not None:
             self.sliding_window = None
@@ -99,7 +104,7 @@ def _make(base_type: str) -> tuple[type, type, type]:
         }
         base_config.__post_init__(self, **kwargs)
 
-    config_class = strict(
+    config_class: Any = strict(
         type(
             f"{name}Config",
             (HybridConfigMixin, base_config),
@@ -110,7 +115,7 @@ def _make(base_type: str) -> tuple[type, type, type]:
                 "__post_init__": post_init,
                 "layer_types": None,
                 "longgen": None,
-                "model_type": PREFIX + base_type,
+                "model_type": HYBRID_PREFIX + base_type,
                 # The base class allows only transformers' own layer types.
                 "validate_layer_type": lambda self: None,
             },
@@ -136,7 +141,7 @@ def _make(base_type: str) -> tuple[type, type, type]:
             "decoder_class": model_class,
         },
     )
-    AutoConfig.register(PREFIX + base_type, config_class)
+    AutoConfig.register(HYBRID_PREFIX + base_type, config_class)
     AutoModel.register(config_class, model_class)
     AutoModelForCausalLM.register(config_class, lm_class)
     return config_class, model_class, lm_class
@@ -157,4 +162,4 @@ CONFIG_CLASSES = {
 
 def is_hybrid(config: Any) -> bool:
     """Whether a config is that of a LongGen hybrid."""
-    return str(config.model_type).startswith(PREFIX)
+    return str(config.model_type).startswith(HYBRID_PREFIX)

@@ -1,7 +1,8 @@
 """Next-token loss without logits: the output projection and the cross-entropy in one chunked step.
 
-At 32K tokens and 49K words the logits alone would take 6.4 GB in fp32. Here a chunk of them exists at a time, in the
-forward pass, where its gradients are taken at once; the backward pass only scales them.
+At 32K tokens and 49K words the logits alone would take 6.4 GB in fp32. Here a chunk of them exists
+at a time, in the forward pass, where its gradients are taken at once; the backward pass only scales
+them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of `hidden @ weight.T`, with gradients computed chunk by chunk in the forward pass."""
+    """Sum of cross-entropies of `hidden @ weight.T`, with gradients computed chunk by chunk in the
+    forward pass."""
 
     @staticmethod
     def forward(
@@ -104,8 +106,8 @@ def linear_cross_entropy(
 class LMHead(nn.Linear):
     """Project to the vocabulary, or, given labels, go straight to the loss.
 
-    The loss is computed inside this module's forward so that FSDP2, which gathers a module's weights around its forward,
-    has them there.
+    The loss is computed inside this module's forward so that FSDP2, which gathers a module's
+    weights around its forward, has them there.
     """
 
     def forward(
@@ -114,7 +116,8 @@ class LMHead(nn.Linear):
         shift_labels: torch.Tensor | None = None,
         num_items: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return logits (..., V), or the loss: a mean over labelled tokens, or their sum divided by `num_items`."""
+        """Return logits (..., V), or the loss: a mean over labelled tokens, or their sum divided by
+        `num_items`."""
         if shift_labels is None:
             return super().forward(hidden)
         targets = shift_labels.reshape(-1).to(hidden.device)
@@ -127,5 +130,6 @@ class LMHead(nn.Linear):
 
 
 def shift(labels: torch.Tensor) -> torch.Tensor:
-    """Turn labels (B, T) aligned with the inputs into those of the next token; the last column has none."""
+    """Turn labels (B, T) aligned with the inputs into those of the next token; the last column has
+    none."""
     return F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]

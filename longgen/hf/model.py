@@ -1,7 +1,8 @@
-"""What LongGen adds to a transformers model: two mixins, for the decoder and for the causal language model.
+"""What LongGen adds to a transformers model: two mixins, for the decoder and for the causal
+language model.
 
-The decoder mixin turns the call's mask, positions and cache into layouts once, and hands them to every layer as a keyword.
-No modeling file is copied: the layers are transformers' own.
+The decoder mixin turns the call's mask, positions and cache into layouts once, and hands them to
+every layer as a keyword. No modeling file is copied: the layers are transformers' own.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from longgen.layout import Axis, Layout, from_position_ids
 def left_paddings(attention_mask: torch.Tensor, batch_size: int, length: int) -> tuple[int, ...]:
     """Return how many columns at the start of each row a 2-D attention mask (B, length) hides.
 
-    Hidden columns at the end of a row need nothing: causal attention never looks ahead. Holes are refused.
+    Hidden columns at the end of a row need nothing: causal attention never looks ahead. Holes are
+    refused.
     """
     if attention_mask.dim() != 2 or tuple(attention_mask.shape) != (batch_size, length):
         raise UsageError(
-            f"The attention mask has shape {tuple(attention_mask.shape)}; LongGen models take ({batch_size}, {length}): "
-            "one entry a token, cached ones included. For packed documents pass position_ids that restart at 0."
+            f"The attention mask has shape {tuple(attention_mask.shape)}; LongGen models take "
+            f"({batch_size}, {length}): one entry a token, cached ones included. For packed "
+            "documents pass position_ids that restart at 0."
         )
     visible = attention_mask.detach().to("cpu").numpy().astype(bool)
     if visible.all():
@@ -38,14 +41,15 @@ def left_paddings(attention_mask: torch.Tensor, batch_size: int, length: int) ->
     for row, (start, stop) in enumerate(zip(first, last, strict=True)):
         if not visible[row, start:stop].all():
             raise UsageError(
-                f"Row {row} of the attention mask hides tokens in the middle of the sequence; only padding at the "
-                "start or end of a row can be masked."
+                f"Row {row} of the attention mask hides tokens in the middle of the sequence; only "
+                "padding at the start or end of a row can be masked."
             )
     return tuple(int(start) for start in first)
 
 
 def packed_rows(position_ids: torch.Tensor) -> tuple[Axis, ...] | None:
-    """Return each row's documents if `position_ids` (B or 1, T) restart somewhere, None if every row is one document."""
+    """Return each row's documents if `position_ids` (B or 1, T) restart somewhere, None if every
+    row is one document."""
     rows = position_ids.detach().to("cpu").numpy()
     if rows.ndim != 2 or ((np.diff(rows, axis=1) == 1).all() and (rows[:, :1] == 0).all()):
         return None
@@ -63,9 +67,13 @@ class _RefusesOtherAttention:
     ) -> str:
         return check_attention_name(requested_attention)
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(
+        self, attn_implementation: str | dict, *args: Any, **kwargs: Any
+    ) -> None:
         check_attention_name(
-            attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+            attn_implementation.get("")
+            if isinstance(attn_implementation, dict)
+            else attn_implementation
         )
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
 
@@ -96,8 +104,9 @@ class HybridModelMixin(_RefusesOtherAttention):
             use_cache = bool(self.config.use_cache) and not self.training
         if past_key_values is not None and not isinstance(past_key_values, HybridCache):
             raise UsageError(
-                f"past_key_values is a {type(past_key_values).__name__}; a LongGen model drops tokens by its own rule and "
-                "needs longgen.hf.HybridCache(model.config). Leave past_key_values out to get one."
+                f"past_key_values is a {type(past_key_values).__name__}; a LongGen model drops "
+                "tokens by its own rule and needs longgen.hf.HybridCache(model.config). Leave "
+                "past_key_values out to get one."
             )
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         documents = None
@@ -106,8 +115,8 @@ class HybridModelMixin(_RefusesOtherAttention):
         if documents is not None:
             if past_key_values is not None:
                 raise UsageError(
-                    "The sequence is packed (position_ids restart), so there is no one document for the cache to go on "
-                    "with. Pass use_cache=False, or one document a row."
+                    "The sequence is packed (position_ids restart), so there is no one document "
+                    "for the cache to go on with. Pass use_cache=False, or one document a row."
                 )
             use_cache = False
             layouts = self._packed_layouts(documents)
@@ -116,8 +125,9 @@ class HybridModelMixin(_RefusesOtherAttention):
                 past_key_values = HybridCache(self.config)
             layouts = self._layouts(attention_mask, past_key_values, batch_size, seen, length)
         if inputs_embeds is None and torch.is_autocast_enabled(tokens.device.type):
-            # With fp32 master weights the residual stream would be fp32: twice the traffic, and other rounding than the
-            # bf16 model that is served in the end (and than FSDP2, which computes in bf16 throughout).
+            # With fp32 master weights the residual stream would be fp32: twice the traffic, and
+            # other rounding than the bf16 model that is served in the end (and than FSDP2, which
+            # computes in bf16 throughout).
             dtype = torch.get_autocast_dtype(tokens.device.type)
             input_ids, inputs_embeds = None, self.embed_tokens(input_ids).to(dtype)  # type: ignore[attr-defined]
         mask = dict.fromkeys(set(self.config.layer_types)) if self.masks_by_layer_type else None
@@ -160,7 +170,8 @@ class HybridModelMixin(_RefusesOtherAttention):
 
 
 class HybridCausalLMMixin(_RefusesOtherAttention):
-    """Add the fused loss and generation with the hybrid cache to a transformers causal language model."""
+    """Add the fused loss and generation with the hybrid cache to a transformers causal language
+    model."""
 
     config: Any
     model: Any
@@ -169,9 +180,9 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
     decoder_class: type
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        # The base class has just built its own decoder and head; giving them our classes keeps every parameter, name
-        # and tie as it is, on any device including meta.
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        # The base class has just built its own decoder and head; giving them our classes keeps
+        # every parameter, name and tie as it is, on any device including meta.
         self.model.__class__ = self.decoder_class
         self.lm_head.__class__ = LMHead
 
@@ -189,11 +200,13 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run the model; with labels in training (or `shift_labels` at any time) return the loss and no logits.
+        """Run the model; with labels in training (or `shift_labels` at any time) return the loss
+        and no logits.
 
-        `labels` (B, T) are aligned with the inputs as everywhere in transformers; `shift_labels` (B, T) are already those
-        of the next token. Logits of a long sequence would not fit, so they are never made on the way to a loss; in
-        evaluation mode `labels` give logits and loss as usual.
+        `labels` (B, T) are aligned with the inputs as everywhere in transformers; `shift_labels`
+        (B, T) are already those of the next token. Logits of a long sequence would not fit, so they
+        are never made on the way to a loss; in evaluation mode `labels` give logits and loss as
+        usual.
         """
         if labels is not None and shift_labels is None and self.training:
             shift_labels = shift(labels)
@@ -238,13 +251,14 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
     ) -> None:
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise UsageError(
-                "Assisted decoding (assistant_model, prompt lookup) has to take tokens back, which a LongGen cache cannot: "
-                "its sparse layers free what leaves their window. Generate without it."
+                "Assisted decoding (assistant_model, prompt lookup) has to take tokens back, "
+                "which a LongGen cache cannot: its sparse layers free what leaves their window. "
+                "Generate without it."
             )
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise UsageError(
-                f'cache_implementation="{generation_config.cache_implementation}" does not know the sparse layers. '
-                "Leave it out: the hybrid cache is used, and it is smaller."
+                f'cache_implementation="{generation_config.cache_implementation}" does not know '
+                "the sparse layers. Leave it out: the hybrid cache is used, and it is smaller."
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = HybridCache(self.config)

@@ -1,4 +1,5 @@
-"""Settings of an extension run: defaults, TOML recipes, and the resolved record beside the output."""
+"""Settings of an extension run: defaults, TOML recipes, and the resolved record beside the
+output."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ class ExtendConfig:
         strict: refuse data files that would be skipped.
         heldout_tokens: tokens kept out of training, for loss curves and haystacks.
         allow_repeat: go through the data more than once if the steps ask for it.
-        gradient_checkpointing: recompute layers in the backward pass ("auto": if the estimate says it does not fit
-            otherwise).
+        gradient_checkpointing: recompute layers in the backward pass ("auto": if the estimate says
+            it does not fit otherwise).
         compile: compile the layers' element-wise parts ("auto": on GPUs).
         save_steps: steps between checkpoints.
         log_steps: steps between lines of progress.
@@ -82,9 +83,13 @@ class ExtendConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}; give at least {lowest}.")
         if self.sequences_per_step * self.context != self.batch_tokens:
             raise UsageError(
-                f"batch_tokens is {self.batch_tokens:,}; give a multiple of the context ({self.context:,})."
+                f"batch_tokens is {self.batch_tokens:,}; give a multiple of the context "
+                f"({self.context:,})."
             )
-        for name, value in (("learning_rate", self.learning_rate), ("max_grad_norm", self.max_grad_norm)):
+        for name, value in (
+            ("learning_rate", self.learning_rate),
+            ("max_grad_norm", self.max_grad_norm),
+        ):
             if not value > 0:
                 raise UsageError(f"{name} is {value}; give a number above 0.")
         for name in ("recall_share", "min_lr_ratio"):
@@ -109,7 +114,8 @@ class ExtendConfig:
         return {**asdict(self), "data": list(self.data)}
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
-        """Name the settings that would make a resumed run another run than the one that began with `earlier`."""
+        """Name the settings that would make a resumed run another run than the one that began with
+        `earlier`."""
         free = {"out", "force", "save_steps", "log_steps", "gradient_checkpointing", "compile"}
         mine = self.to_dict()
         return [
@@ -137,12 +143,20 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"The recipe {path} is not TOML: {error}.") from None
     recipe = {key.replace("-", "_"): value for key, value in found.items()}
-    plan_options = {"block_size", "sink_blocks", "local_blocks", "stride_blocks", "head_shift", "full_layers"}
+    plan_options = {
+        "block_size",
+        "sink_blocks",
+        "local_blocks",
+        "stride_blocks",
+        "head_shift",
+        "full_layers",
+    }
     known = {entry.name for entry in fields(ExtendConfig)} - {"layers", "out"} | plan_options
     unknown = sorted(set(recipe) - known)
     if unknown:
         raise UsageError(
-            f"The recipe {path} has {', '.join(unknown)}, which {'is' if len(unknown) == 1 else 'are'} no option of "
-            "`longgen extend` (see its --help)."
+            f"The recipe {path} has {', '.join(unknown)}, which "
+            f"{'is' if len(unknown) == 1 else 'are'} no option of `longgen extend` (see its "
+            "--help)."
         )
     return recipe

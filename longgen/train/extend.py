@@ -55,8 +55,8 @@ def training_folder(out: str | Path) -> Path:
 def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> dict[str, Any]:
     """Extend a model's context: convert, train, and write the hybrid to `config.out`.
 
-    Ctrl-C stops after the step in hand with a checkpoint; `resume` goes on from the newest whole one, with the data, order
-    and losses that the uninterrupted run would have had.
+    Ctrl-C stops after the step in hand with a checkpoint; `resume` goes on from the newest whole
+    one, with the data, order and losses that the uninterrupted run would have had.
 
     Args:
         config: the settings.
@@ -64,7 +64,8 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
         say: prints one line of progress.
 
     Returns:
-        The record that is written beside the model, with "finished" False if the run was interrupted.
+        The record that is written beside the model, with "finished" False if the run was
+        interrupted.
 
     Raises:
         UsageError: for anything that the user can put right; nothing is written then.
@@ -73,8 +74,9 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     refuse_hybrid(base, config.model)
     if config.context <= base.max_position_embeddings:
         raise UsageError(
-            f"The context of {config.context:,} tokens is not above the {base.max_position_embeddings:,} that "
-            f"{config.model} has already; give a longer --context (or use `longgen convert`, which does not train)."
+            f"The context of {config.context:,} tokens is not above the "
+            f"{base.max_position_embeddings:,} that {config.model} has already; give a longer "
+            "--context (or use `longgen convert`, which does not train)."
         )
     plan = LayerPlan(config.layers, SparsePattern.from_dict(config.pattern))
     shape = ModelShape.from_config(base)
@@ -108,11 +110,15 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     )
     report = packed.report()
     say(
-        f"{train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out; {report.rows:,} sequences of "
-        f"{config.context:,}, {report.padding_rate:.1%} padding"
+        f"{train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out; "
+        f"{report.rows:,} sequences of {config.context:,}, {report.padding_rate:.1%} padding"
     )
     hybrid = load_as_hybrid(
-        config.model, plan, context=config.context, rope_theta=config.rope_theta, dtype=torch.float32
+        config.model,
+        plan,
+        context=config.context,
+        rope_theta=config.rope_theta,
+        dtype=torch.float32,
     )
     say(
         f"layers {plan}  sparse layers see {plan.pattern}; rotary base "
@@ -134,7 +140,8 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     record["finished"] = not figures["interrupted"]
     if figures["interrupted"]:
         say(
-            f"stopped at step {figures['step']} of {config.steps}; the same command with --resume goes on from there"
+            f"stopped at step {figures['step']} of {config.steps}; the same command with --resume "
+            "goes on from there"
         )
         return record
     hybrid.to(base.dtype or torch.bfloat16)
@@ -145,7 +152,8 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
 
 
 def _fit(config: ExtendConfig, shape: ModelShape) -> tuple[bool, int]:
-    """Choose gradient checkpointing and check memory; returns the choice and the estimated bytes."""
+    """Choose gradient checkpointing and check memory; returns the choice and the estimated
+    bytes."""
 
     def estimate(checkpointing: bool) -> Any:
         return training_memory(shape, config.context, gradient_checkpointing=checkpointing)
@@ -174,13 +182,14 @@ def _begin(config: ExtendConfig, resume: bool, say: Say) -> Path | None:
         raise UsageError(f"The run in {config.out} is finished; give another --out.")
     if not resume:
         raise UsageError(
-            f"{config.out} holds an unfinished run; add --resume to go on with it, or give another --out."
+            f"{config.out} holds an unfinished run; add --resume to go on with it, or give another "
+            "--out."
         )
     differences = config.differences(json.loads(run.read_text(encoding="utf-8")))
     if differences:
         raise UsageError(
-            f"The run in {config.out} was started with other settings ({'; '.join(differences)}). Resume it with the same "
-            "ones, or give another --out."
+            f"The run in {config.out} was started with other settings ({'; '.join(differences)}). "
+            "Resume it with the same ones, or give another --out."
         )
     checkpoint, cut_off = newest_checkpoint(folder)
     for path in cut_off:
@@ -211,7 +220,10 @@ def _corpus(config: ExtendConfig, tokenizer: Any, resume: bool, say: Say) -> Tok
             say(f"tokenizing: {state.documents:,} documents, {state.tokens:,} tokens")
 
     corpus = tokenize_documents(documents, tokenizer, folder, progress=progress)
-    say(f"{len(corpus):,} documents, {corpus.num_tokens:,} tokens; {documents.report.skipped_text()}")
+    say(
+        f"{len(corpus):,} documents, {corpus.num_tokens:,} tokens; "
+        f"{documents.report.skipped_text()}"
+    )
     return corpus
 
 
@@ -280,14 +292,16 @@ def _train(
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
     )
-    # Without torchrun the Trainer would wrap the model in DataParallel over all GPUs, which breaks packed sequences.
+    # Without torchrun the Trainer would wrap the model in DataParallel over all GPUs, which breaks
+    # packed sequences.
     if arguments.n_gpu > 1:
         say(f"training on 1 of {arguments.n_gpu} GPUs; start with torchrun to use them all")
         arguments._n_gpu = 1
     world = arguments.world_size
     if config.sequences_per_step % world:
         raise UsageError(
-            f"A step has {config.sequences_per_step} sequences, which {world} GPUs cannot share evenly; change batch_tokens."
+            f"A step has {config.sequences_per_step} sequences, which {world} GPUs cannot share "
+            "evenly; change batch_tokens."
         )
     arguments.gradient_accumulation_steps = config.sequences_per_step // world
     card = torch.cuda.get_device_name() if on_gpu else None
@@ -328,7 +342,8 @@ def collate_sequences(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.T
 
 
 def _tensorboard(folder: Path) -> list[Any]:
-    """Return the callback that writes TensorBoard events to `folder`, if TensorBoard is installed."""
+    """Return the callback that writes TensorBoard events to `folder`, if TensorBoard is
+    installed."""
     from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
     if not is_tensorboard_available():

@@ -1,4 +1,5 @@
-"""The Hugging Face Trainer with LongGen's data order, figures, and interruption that loses nothing."""
+"""The Hugging Face Trainer with LongGen's data order, figures, and interruption that loses
+nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ Say = Callable[[str], None]
 
 
 class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
-    """Serve the first `count` sequences of an endless, index-addressed stream, with the keys that the Trainer wants."""
+    """Serve the first `count` sequences of an endless, index-addressed stream, with the keys that
+    the Trainer wants."""
 
     def __init__(self, packed: Any, count: int) -> None:
         self.packed = packed
@@ -50,7 +52,8 @@ class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
 
 
 class LongGenTrainer(Trainer):
-    """Train on sequences in the order of their index, so that a resumed run sees what it would have seen."""
+    """Train on sequences in the order of their index, so that a resumed run sees what it would have
+    seen."""
 
     progress: Progress
 
@@ -63,7 +66,8 @@ class LongGenTrainer(Trainer):
 
 
 class Progress(TrainerCallback):
-    """Report loss, speed and remaining time; keep a log; stop cleanly on Ctrl-C; mark whole checkpoints.
+    """Report loss, speed and remaining time; keep a log; stop cleanly on Ctrl-C; mark whole
+    checkpoints.
 
     Args:
         shape: the model's shape, for its FLOPs.
@@ -75,7 +79,13 @@ class Progress(TrainerCallback):
     """
 
     def __init__(
-        self, shape: ModelShape, plan: LayerPlan, folder: Path, log_steps: int, card: str | None, say: Say
+        self,
+        shape: ModelShape,
+        plan: LayerPlan,
+        folder: Path,
+        log_steps: int,
+        card: str | None,
+        say: Say,
     ) -> None:
         self.shape, self.plan = shape, plan
         self.log_path = folder / "log.jsonl"
@@ -92,7 +102,8 @@ class Progress(TrainerCallback):
         self._old_handler: Any = None
 
     def count(self, position_ids: torch.Tensor) -> None:
-        """Add up the tokens and model FLOPs of one batch: those of its documents, not of the packed length."""
+        """Add up the tokens and model FLOPs of one batch: those of its documents, not of the packed
+        length."""
         for row in position_ids.cpu().numpy():
             starts = np.flatnonzero(row == 0)
             for length in np.diff(np.append(starts, len(row))).tolist():
@@ -111,7 +122,9 @@ class Progress(TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        self.say("stopping after this step and saving; press Ctrl-C again to stop at once without saving")
+        self.say(
+            "stopping after this step and saving; press Ctrl-C again to stop at once without saving"
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.interrupted:
@@ -183,7 +196,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
         for path in folder.glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
-    cut_off = []
+    cut_off: list[Path] = []
     for _, path in sorted(found, reverse=True):
         if (path / WHOLE).is_file():
             return path, cut_off
