@@ -21,11 +21,11 @@ help: ## show this list
 
 demo: ## extend a small model, compare before and after, write a report
 	$(SETUP) demo
-	$(PY) demo/run.py $(DEMO_ARGS)
+	$(PY) -m demo.run $(DEMO_ARGS)
 
 demo-twins: ## train the demo's full-attention and all-sparse twins and compare them
 	$(SETUP) demo
-	$(PY) demo/twins.py $(DEMO_ARGS)
+	$(PY) -m demo.twins $(DEMO_ARGS)
 
 test: ## run the tests that need no GPU
 	$(SETUP) dev
