@@ -85,7 +85,11 @@ def needle(name: str) -> list[str]:
 
     lines = grid(results, "needle", "exact six digits found", say, LABELS)
     n = next(iter(next(iter(rows_of(results, "needle").values())).values()))["n"]
-    return [*lines, "", f"n = {n} a cell of this table, 95 % Wilson intervals. " + provenance(results)]
+    return [
+        *lines,
+        "",
+        f"n = {n} a cell of this table, 95 % Wilson intervals. " + provenance(results),
+    ]
 
 
 def costs(name: str) -> list[str]:

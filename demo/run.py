@@ -127,9 +127,10 @@ def report(
         ("Rotary base", f"{record['rope_theta']:,.0f}"),
         (
             "Training",
-            f"{training['step']} steps, {training['tokens']:,} tokens in {training['seconds']:.0f} s"
-            f" ({speed:,.0f} tokens/s), loss {training['first_loss']:.2f} to "
-            f"{training['last_loss']:.2f}, recall text in {config['recall_share']:.0%} of sequences",
+            f"{training['step']} steps, {training['tokens']:,} tokens in "
+            f"{training['seconds']:.0f} s ({speed:,.0f} tokens/s), loss "
+            f"{training['first_loss']:.2f} to {training['last_loss']:.2f}, recall text in "
+            f"{config['recall_share']:.0%} of sequences",
         ),
         (
             "Data",
@@ -174,9 +175,7 @@ def run(out: Path) -> Path:
     for variant, path in (("original", base), ("hybrid", out / "hybrid")):
         rows += evaluated(path, variant, out / "evaluation", heldout, chosen)
     extra = {"training": {"hybrid": record["training"]}, "config": record["config"]}
-    write_results(
-        out / "results.json", "demo", rows, command="make demo", seed=SEED, extra=extra
-    )
+    write_results(out / "results.json", "demo", rows, command="make demo", seed=SEED, extra=extra)
     page = report(out, chosen, record, rows)
     say(f"done: {page}")
     return page

@@ -72,6 +72,7 @@ class DemoSettings:
             recall_records=self.recall_records,
             allow_repeat=True,
             save_steps=50,
+            gradient_checkpointing="auto" if torch.cuda.is_available() else "off",
             log_steps=10 if self.steps >= 50 else 1,
             seed=SEED,
         )
@@ -89,7 +90,7 @@ def library_text(folders: tuple[str, ...] | None = None) -> tuple[str, ...]:
 
 
 _RECALL_NOTE = (
-    "Half of the training sequences had generated records (\"Record amber-cedar-42 has code "
+    'Half of the training sequences had generated records ("Record amber-cedar-42 has code '
     '918273.") and lookups planted in them. Their wording is not that of the needle test, but '
     "they train the same skill: finding a number by its key at any distance."
 )
@@ -120,23 +121,23 @@ def settings() -> DemoSettings:
             ),
         )
     return DemoSettings(
-        context=1024,
-        original_context=512,
-        pattern=SparsePattern(block_size=64, sink_blocks=1, local_blocks=2),
-        steps=5,
+        context=512,
+        original_context=256,
+        pattern=SparsePattern(block_size=32, sink_blocks=1, local_blocks=2),
+        steps=4,
         sequences_per_step=2,
         learning_rate=1e-4,
-        recall_records=8,
-        lengths=(256, 512, 1024),
+        recall_records=6,
+        lengths=(128, 256, 512),
         num_depths=10,
         samples=1,
-        loss_windows=3,
-        cost_lengths=(256, 512, 1024),
+        loss_windows=4,
+        cost_lengths=(128, 256, 512),
         data=library_text(("asyncio", "email", "json", "logging")),
         notes=(
             "This is the small version for a machine without a GPU: the same path from checkpoint "
             "to report in a few minutes, but no evidence. The model can read 8,192 tokens; here it "
-            "is taken to stop at 512 and is extended to 1,024 with a few thousand tokens. The full "
+            "is taken to stop at 256 and is extended to 512 with a few thousand tokens. The full "
             "model therefore finds the needle already, and the hybrid has had no time to learn. "
             "Run `make demo` on a GPU for the real extension from 8,192 to 32,768 tokens.",
             _RECALL_NOTE,

@@ -9,18 +9,22 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typing import TYPE_CHECKING, Any
 
 from longgen.errors import UsageError
-from longgen.hf import FAMILIES, is_hybrid
 from longgen.shapes import HYBRID_PREFIX
+
+if TYPE_CHECKING:
+    import torch
+
+# torch and transformers are imported inside the functions that use them: the command line refuses
+# bad folders before it loads either.
 
 # Written beside every output: how it was made, with every setting resolved.
 RECORD = "longgen.json"
+CONFIG = "config.json"
 _STAGING = ".partial"
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_config(path: str | Path) -> Any:
@@ -30,24 +34,65 @@ def read_config(path: str | Path) -> Any:
         UsageError: if there is no checkpoint, or its architecture is not one of llama, mistral,
             qwen2 and qwen3.
     """
+    from transformers import AutoConfig
+
+    from longgen.hf import FAMILIES
+
     folder = Path(path)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise UsageError(
-            f"There is no checkpoint in {folder}: config.json is missing. Give the folder of a "
+            f"There is no checkpoint in {folder}: {CONFIG} is missing. Give the folder of a "
             "Hugging Face checkpoint (download one with `hf download NAME --local-dir FOLDER`)."
         )
     try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         model_type = fields.get("model_type")
     except (ValueError, AttributeError) as error:
         raise UsageError(
-            f"{folder / 'config.json'} is not the JSON of a model config ({error})."
+            f"{folder / CONFIG} is not the JSON of a model config ({error})."
         ) from None
     if str(model_type).removeprefix(HYBRID_PREFIX) not in FAMILIES:
         raise UsageError(
             f"{folder} holds a {model_type!r} model; LongGen works with {', '.join(FAMILIES)}."
         )
     return AutoConfig.from_pretrained(folder)
+
+
+def check_weights(path: str | Path) -> None:
+    """Check that a checkpoint's weights are there and not cut off; only file headers are read.
+
+    Raises:
+        UsageError: naming the file that is missing or damaged.
+    """
+    folder = Path(path)
+    files = [name for name in _SINGLE_FILES if (folder / name).is_file()]
+    for name in _SINGLE_FILES:
+        index = folder / f"{name}.index.json"
+        if not files and index.is_file():
+            try:
+                table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = sorted(set(table.values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(f"{index} is damaged ({error}). Download it again.") from None
+    if not files:
+        raise UsageError(
+            f"There are no weights in {folder} (model.safetensors or shards of it). Download the "
+            "whole checkpoint."
+        )
+    from safetensors import SafetensorError, safe_open
+
+    for name in files:
+        file = folder / name
+        if not file.is_file():
+            raise UsageError(f"The weights file {file} is missing. Download it again.")
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="np"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise UsageError(
+                    f"The weights file {file} is damaged or cut off ({error}). Download it again."
+                ) from None
 
 
 def load_model(
@@ -64,8 +109,16 @@ def load_model(
         dtype: None is bf16 on a GPU and fp32 on a CPU; "auto" is as stored.
         device: None is the first GPU if there is one.
         attn_implementation: None is the model's own (for hybrids "longgen").
+
+    Raises:
+        UsageError: if there is no whole checkpoint of a known architecture, or a hybrid is asked to
+            run with another attention.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     read_config(path)
+    check_weights(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -81,6 +134,8 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
         UsageError: if it has none.
     """
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -96,6 +151,8 @@ def refuse_hybrid(config: Any, path: str | Path) -> None:
     Raises:
         UsageError: naming the plan that the model has.
     """
+    from longgen.hf import is_hybrid
+
     if is_hybrid(config):
         raise UsageError(
             f"{path} is a hybrid already ({config.layer_plan}). Give the original model with full "
@@ -115,11 +172,12 @@ def check_output(folder: str | Path) -> Path:
     """Return an output folder that is new or empty.
 
     Raises:
-        UsageError: if it is a file or holds anything.
+        UsageError: if it is a file or inside one, or holds anything.
     """
     path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"The output {path} is a file; give a folder.")
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"The output {path} cannot be made: {place} is a file. Give a folder.")
     if path.is_dir():
         found = sorted(entry.name for entry in path.iterdir())
         if found:
@@ -144,13 +202,17 @@ def staged_checkpoint(folder: Path) -> Iterator[Path]:
     config.json last.
 
     A checkpoint without config.json is refused by every loader, so one cut off half-way is never
-    used.
+    used. After an error or an interrupt `folder` is as it was.
     """
+    created = not folder.exists()
     staging = folder / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    yield staging
-    names = sorted((entry.name for entry in staging.iterdir()), key=lambda n: n == "config.json")
-    for name in names:
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(folder if created else staging, ignore_errors=True)
+        raise
+    for name in sorted((entry.name for entry in staging.iterdir()), key=lambda n: n == CONFIG):
         os.replace(staging / name, folder / name)
     staging.rmdir()

@@ -13,12 +13,14 @@ from longgen import __version__
 from longgen.checkpoint import (
     RECORD,
     check_output,
+    check_weights,
     load_tokenizer,
     read_config,
     refuse_hybrid,
     staged_checkpoint,
     write_json,
 )
+from longgen.data.corpus import check_vocabulary
 from longgen.errors import UsageError
 from longgen.hf import CONFIG_CLASSES
 from longgen.plan import LayerPlan
@@ -37,7 +39,8 @@ def hybrid_config(
         rope_theta: rotary base; None follows `longgen.rope.rope_theta_for`.
 
     Raises:
-        UsageError: if plan and model have different numbers of layers.
+        UsageError: if plan and model have different numbers of layers, the context is below the
+            model's own, or the rotary base cannot be raised.
     """
     if plan.num_layers != base.num_hidden_layers:
         raise UsageError(
@@ -45,13 +48,20 @@ def hybrid_config(
         )
     original = base.max_position_embeddings
     context = context or original
+    if context < original:
+        raise UsageError(
+            f"The context of {context:,} tokens is below the {original:,} that the model has "
+            "already; leave it out or give a longer one."
+        )
+    if rope_theta is not None and not 0 < rope_theta < float("inf"):
+        raise UsageError(f"The rotary base is {rope_theta}; give a number above 0.")
     head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
     theta = rope_theta or rope_theta_for(rope_theta_of(base), original, context, head_dim)
     fields = base.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "layer_types"):
         fields.pop(name, None)
     fields.update(
-        max_position_embeddings=max(context, original),
+        max_position_embeddings=context,
         rope_parameters={**base.rope_parameters, "rope_theta": theta},
         layer_types=plan.layer_types,
         longgen={"pattern": plan.pattern.to_dict()},
@@ -80,6 +90,7 @@ def load_as_hybrid(
     base = read_config(model)
     refuse_hybrid(base, model)
     config = hybrid_config(base, plan, context=context, rope_theta=rope_theta)
+    check_weights(model)
     hybrid, loading = AutoModelForCausalLM.from_pretrained(
         model, config=config, dtype=dtype, output_loading_info=True
     )
@@ -113,15 +124,29 @@ def convert(
     beside it.
 
     The result computes what the pattern lets it see; without training it is not yet good at it.
+
+    Args:
+        model: folder of the base checkpoint.
+        out: folder to write, new or empty.
+        plan: which layers stay full and what the others see.
+        context: length in tokens that the result is for; None keeps the model's.
+        rope_theta: rotary base; None follows `longgen.rope.rope_theta_for`.
+
+    Raises:
+        UsageError: for anything that the user can put right; nothing is written then.
     """
     folder = check_output(out)
+    base = read_config(model)
+    refuse_hybrid(base, model)
     tokenizer = load_tokenizer(model)
+    check_vocabulary(tokenizer, base.vocab_size)
     hybrid = load_as_hybrid(model, plan, context=context, rope_theta=rope_theta)
     record = {
         "kind": "convert",
         "longgen": __version__,
         "model": str(model),
         "context": hybrid.config.max_position_embeddings,
+        "original_context": base.max_position_embeddings,
         "rope_theta": hybrid.config.rope_parameters["rope_theta"],
         "layers": plan.layers,
         "pattern": plan.pattern.to_dict(),

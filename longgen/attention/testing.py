@@ -1,7 +1,8 @@
-"""How wrong attention may be, and what to feed it: the error budget and the inputs of tests and benchmarks.
+"""How wrong attention may be, and what to feed it: budgets and inputs for tests and benchmarks.
 
-Nothing here has a tuned tolerance. An implementation is held to the error that plain PyTorch makes in the same dtype,
-both measured against fp64; and which keys it reads is checked exactly (`visible_in_output`).
+Nothing here has a tuned tolerance. An implementation is held to the error that plain PyTorch makes
+in the same dtype, both measured against fp64; and which keys it reads is checked exactly
+(`visible_in_output`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Inputs(NamedTuple):
-    """Hold queries (B, T, H, D), keys and values (B, S, Hkv, D) and the gradient (B, T, H, D) of the output."""
+    """Hold queries (B, T, H, D), keys and values (B, S, Hkv, D) and the output's gradient."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -61,7 +62,8 @@ def eager_attention(
 ) -> torch.Tensor:
     """Compute masked softmax attention with every step in the inputs' own dtype.
 
-    In fp64 it is the truth that others are measured by, in a lower dtype the error that they are allowed.
+    In fp64 it is the truth that others are measured by, in a lower dtype the error that they are
+    allowed.
 
     Args:
         q: (B, T, H, D).
@@ -95,14 +97,15 @@ def assert_within_eager_error(
 ) -> None:
     """Assert that `actual` is at most twice as wrong as the eager computation in the same dtype.
 
-    Half an ulp comes on top, of the exact values in the same norm: what rounding a perfect result to this dtype costs.
+    Half an ulp comes on top, of the exact values in the same norm: what rounding a perfect result
+    to this dtype costs.
 
     Args:
         name: what is compared, for the message.
         actual: the result under test.
         eager: plain PyTorch's result in the same dtype.
         exact: the result in fp64.
-        largest: whether the largest error is held to it as well as the root mean square over the tensor.
+        largest: whether the largest error is held to it, as the root mean square always is.
         floor: error allowed even where the exact values are zero.
     """
     assert actual.dtype == eager.dtype, f"{name} is {actual.dtype}, not {eager.dtype}"
@@ -112,8 +115,12 @@ def assert_within_eager_error(
         return
     half_ulp = 0.5 * torch.finfo(actual.dtype).eps
     wrong, allowed = ((x.to(exact.dtype) - exact).abs() for x in (actual, eager))
-    norms = {"root mean square": _root_mean_square, "largest": torch.max}
-    for norm, measure in norms.items() if largest else [("root mean square", _root_mean_square)]:
+    norms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "root mean square": _root_mean_square
+    }
+    if largest:
+        norms["largest"] = torch.max
+    for norm, measure in norms.items():
         rounding = half_ulp * float(measure(exact.abs()))
         error, budget = float(measure(wrong)), 2 * float(measure(allowed)) + rounding + floor
         worst = tuple(int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
@@ -128,7 +135,7 @@ def _root_mean_square(x: torch.Tensor) -> torch.Tensor:
 
 
 def with_gradients(attend: Attend, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Run `attend(q, k, v)` forward and backward; return its output and the gradients of q, k and v by name."""
+    """Run `attend(q, k, v)` forward and backward; return "out", "dq", "dk" and "dv"."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
     out = attend(*leaves)
     grads = torch.autograd.grad(out, leaves, inputs.grad)
@@ -136,12 +143,12 @@ def with_gradients(attend: Attend, inputs: Inputs) -> dict[str, torch.Tensor]:
 
 
 class ErrorBudget:
-    """Hold what attention under a mask gives in truth (fp64) and in eager PyTorch, to check implementations by.
+    """Hold what attention under a mask gives in truth (fp64) and in eager PyTorch.
 
-    Outputs are held to the budget in their root mean square and in their largest error, gradients in the root mean
-    square. A fused backward pass rounds partial sums, and differences grad . v - grad . out of numbers that plain
-    autograd rounds alike; on the few elements where such terms nearly cancel, eager's error is smaller for a reason that
-    has nothing to do with precision.
+    Outputs are held to the budget in their root mean square and in their largest error, gradients
+    in the root mean square. A fused backward pass rounds partial sums, and differences
+    grad . v - grad . out of numbers that plain autograd rounds alike; on the few elements where
+    such terms nearly cancel, eager's error is smaller, but not because it is more precise.
     """
 
     def __init__(
@@ -166,7 +173,8 @@ class ErrorBudget:
             self._run(lambda q, k, v: eager_attention(q, k, v, mask, scale), x)
             for x in (inputs, doubles)
         )
-        # A lone visible key has weight 1 whatever its score, so that eager's gradients of q and k can be exactly zero.
+        # A lone visible key has weight 1 whatever its score: eager's gradients of q and k can be
+        # exactly zero. Others differ from it by the rounding of grad . v, times the other factor.
         self.floor = 0.0
         if bool((mask.sum(-1) <= 1).all()):
             q, k, v, grad = (float(x.norm(dim=-1).max()) for x in doubles)
@@ -180,7 +188,7 @@ class ErrorBudget:
             return {"out": attend(*inputs[:3])}
 
     def check(self, name: str, attend: Attend) -> None:
-        """Run `attend(q, k, v)` and assert that it stays within the budget; `name` is for the message."""
+        """Run `attend(q, k, v)` and assert that it stays within the budget."""
         for key, value in self._run(attend, self.inputs).items():
             assert_within_eager_error(
                 f"{name} {key}",
@@ -207,8 +215,8 @@ def visible_in_output(
 ) -> torch.Tensor:
     """Read off an implementation which keys each query sees: bool (B, H, T, S), exact in any dtype.
 
-    Zero queries weigh all the keys they see alike, and values that are rows of the identity then put each weight in a
-    column of its own. Keys that are not seen give exact zeros.
+    Zero queries weigh all the keys they see alike, and values that are rows of the identity then
+    put each weight in a column of its own. Keys that are not seen give exact zeros.
 
     Args:
         attend: the implementation under test.
@@ -217,10 +225,11 @@ def visible_in_output(
         batch: B.
         heads: H.
         key_value_heads: Hkv.
-        head_dim: D; None takes S, so that one run suffices. Otherwise ceil(S / D) runs look at D keys each.
+        head_dim: D; None takes S, so that one run suffices. Otherwise ceil(S / D) runs look at D
+            keys each.
         dtype: of the inputs.
         device: of the inputs.
-        requires_grad: whether the inputs require gradients, to reuse what was compiled for training.
+        requires_grad: whether inputs require gradients, to reuse what was compiled for training.
     """
     head_dim = head_dim or num_keys
     q = torch.zeros(batch, num_queries, heads, head_dim, dtype=dtype, device=device)
@@ -229,7 +238,8 @@ def visible_in_output(
     for start in range(0, num_keys, head_dim):
         width = min(head_dim, num_keys - start)
         v = torch.zeros_like(k)
-        v[:, start : start + width] = torch.eye(width, head_dim, dtype=dtype, device=device)[:, None]
+        rows = torch.eye(width, head_dim, dtype=dtype, device=device)
+        v[:, start : start + width] = rows[:, None]
         leaves = [x.detach().requires_grad_(requires_grad) for x in (q, k, v)]
         slabs.append(attend(*leaves).detach()[..., :width] != 0)
     return torch.cat(slabs, -1).transpose(1, 2)

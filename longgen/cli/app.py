@@ -14,7 +14,12 @@ from typer.core import TyperGroup
 
 from longgen import __version__
 from longgen.cli.console import print_error
+from longgen.cli.convert import convert
+from longgen.cli.evaluate import evaluate
+from longgen.cli.extend import extend
+from longgen.cli.generate import generate
 from longgen.cli.plan import plan
+from longgen.cli.several import SeveralValues
 from longgen.errors import UsageError
 
 INTERRUPTED = 130
@@ -67,6 +72,10 @@ def _longgen(
 
 
 app.command()(plan)
+app.command(cls=SeveralValues)(extend)
+app.command()(convert)
+app.command(cls=SeveralValues)(evaluate)
+app.command()(generate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,9 +6,43 @@ from __future__ import annotations
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from longgen.errors import UsageError
+
+SWITCH = ("auto", "on", "off")
+# Options that choose the layers and the pattern, which the config holds resolved.
+PLAN_OPTIONS = (
+    "full_layers",
+    "block_size",
+    "sink_blocks",
+    "local_blocks",
+    "stride_blocks",
+    "head_shift",
+)
+# What a step has by default, as near as whole sequences come to it.
+_BATCH_TOKENS = 131072
+_LOWEST = {
+    "context": 2,
+    "steps": 1,
+    "batch_tokens": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "seed": 0,
+    "recall_records": 1,
+    "heldout_tokens": 1,
+    "save_steps": 1,
+    "log_steps": 1,
+}
+_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a list of paths",
+    dict: "the fields of a pattern",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,29 +109,44 @@ class ExtendConfig:
     force: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", tuple(str(path) for path in self.data))
-        if self.batch_tokens is None:
-            object.__setattr__(self, "batch_tokens", max(131072 // self.context, 1) * self.context)
-        for name, lowest in (("context", 2), ("steps", 1), ("save_steps", 1), ("log_steps", 1)):
-            if getattr(self, name) < lowest:
-                raise UsageError(f"{name} is {getattr(self, name)}; give at least {lowest}.")
-        if self.sequences_per_step * self.context != self.batch_tokens:
-            raise UsageError(
-                f"batch_tokens is {self.batch_tokens:,}; give a multiple of the context "
-                f"({self.context:,})."
-            )
-        for name, value in (
-            ("learning_rate", self.learning_rate),
-            ("max_grad_norm", self.max_grad_norm),
-        ):
-            if not value > 0:
+        if isinstance(self.data, list | tuple):
+            object.__setattr__(self, "data", tuple(str(path) for path in self.data))
+        self._check_types()
+        for name, lowest in _LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= lowest:
+                raise UsageError(f"{name} is {value}; give at least {lowest}.")
+        for name in ("learning_rate", "max_grad_norm", "rope_theta"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"{name} is {value}; give a number above 0.")
         for name in ("recall_share", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
         for name in ("gradient_checkpointing", "compile"):
-            if getattr(self, name) not in ("auto", "on", "off"):
+            if getattr(self, name) not in SWITCH:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; give auto, on or off.")
+        if not self.data:
+            raise UsageError("No data were given to train on; name files, folders or globs.")
+        if self.batch_tokens is None:
+            tokens = max(_BATCH_TOKENS // self.context, 1) * self.context
+            object.__setattr__(self, "batch_tokens", tokens)
+        if self.sequences_per_step * self.context != self.batch_tokens:
+            raise UsageError(
+                f"batch_tokens is {self.batch_tokens:,}; give a multiple of the context "
+                f"({self.context:,})."
+            )
+
+    def _check_types(self) -> None:
+        """Refuse values of another kind than the field's: recipes can hold anything."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+            kinds = tuple(get_origin(one) or one for one in kinds)
+            if float in kinds:
+                kinds += (int,)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise UsageError(f"{name} is {value!r}; give {_WORDS[kinds[0]]}.")
 
     @property
     def sequences_per_step(self) -> int:
@@ -129,6 +178,24 @@ class ExtendConfig:
         return replace(self, **changes)
 
 
+def check_context(context: int, original: int, model: str) -> None:
+    """Refuse a target length that is no extension.
+
+    Args:
+        context: target length in tokens.
+        original: the model's own.
+        model: what the sentence calls it.
+
+    Raises:
+        UsageError: with both numbers.
+    """
+    if context <= original:
+        raise UsageError(
+            f"The context of {context:,} tokens is not above the {original:,} that {model} has "
+            "already; give a longer --context (or use `longgen convert`, which does not train)."
+        )
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read a TOML recipe: keys are the long options of `longgen extend`, with - or _ between words.
 
@@ -138,20 +205,13 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             found = tomllib.load(file)
-    except FileNotFoundError:
-        raise UsageError(f"There is no recipe {path}.") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise UsageError(f"The recipe {path} cannot be read ({error.strerror}).") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"The recipe {path} is not TOML: {error}.") from None
     recipe = {key.replace("-", "_"): value for key, value in found.items()}
-    plan_options = {
-        "block_size",
-        "sink_blocks",
-        "local_blocks",
-        "stride_blocks",
-        "head_shift",
-        "full_layers",
-    }
-    known = {entry.name for entry in fields(ExtendConfig)} - {"layers", "out"} | plan_options
+    own = {entry.name for entry in fields(ExtendConfig)} - {"layers"}
+    known = own.union(PLAN_OPTIONS)
     unknown = sorted(set(recipe) - known)
     if unknown:
         raise UsageError(

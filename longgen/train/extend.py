@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import time
@@ -15,18 +14,23 @@ import torch
 from longgen import __version__
 from longgen.accounting import check_fits, fits, training_memory
 from longgen.checkpoint import (
-    RECORD,
-    check_output,
+    check_weights,
     load_tokenizer,
     read_config,
     refuse_hybrid,
     write_json,
 )
-from longgen.convert import load_as_hybrid, save_hybrid
-from longgen.data.corpus import CorpusView, TokenizedCorpus, check_vocabulary, split_heldout
+from longgen.convert import hybrid_config, load_as_hybrid, save_hybrid
+from longgen.data.corpus import (
+    INFO_FILE,
+    CorpusView,
+    TokenizedCorpus,
+    check_vocabulary,
+    split_heldout,
+)
 from longgen.data.packing import PackedDataset
 from longgen.data.recall import RecallText
-from longgen.data.sources import read_documents
+from longgen.data.sources import Documents, read_documents
 from longgen.data.tokenized import tokenize_documents
 from longgen.errors import UsageError
 from longgen.evaluate.results import card_name, versions
@@ -34,7 +38,8 @@ from longgen.gpus import machine_gpus
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
-from longgen.train.config import ExtendConfig
+from longgen.train.config import ExtendConfig, check_context
+from longgen.train.folder import HELDOUT, RUN, check_folder, training_folder
 from longgen.train.trainer import (
     LongGenTrainer,
     Progress,
@@ -42,14 +47,6 @@ from longgen.train.trainer import (
     TrainingSequences,
     newest_checkpoint,
 )
-
-HELDOUT = "heldout.npy"
-_RUN = "run.json"
-
-
-def training_folder(out: str | Path) -> Path:
-    """Return where a run keeps its corpus, checkpoints and logs."""
-    return Path(out) / "training"
 
 
 def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> dict[str, Any]:
@@ -72,20 +69,20 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     """
     base = read_config(config.model)
     refuse_hybrid(base, config.model)
-    if config.context <= base.max_position_embeddings:
-        raise UsageError(
-            f"The context of {config.context:,} tokens is not above the "
-            f"{base.max_position_embeddings:,} that {config.model} has already; give a longer "
-            "--context (or use `longgen convert`, which does not train)."
-        )
+    check_context(config.context, base.max_position_embeddings, config.model)
     plan = LayerPlan(config.layers, SparsePattern.from_dict(config.pattern))
+    # Refuses here, before anything is written, what it would refuse once the data are tokenized.
+    hybrid_config(base, plan, context=config.context, rope_theta=config.rope_theta)
+    check_weights(config.model)
     shape = ModelShape.from_config(base)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, base.vocab_size)
     checkpointing, planned = _fit(config, shape)
+    documents = None if resume else _documents(config)
+    folder, created = training_folder(config.out), not Path(config.out).exists()
     checkpoint = _begin(config, resume, say)
     try:
-        corpus = _corpus(config, tokenizer, resume, say)
+        corpus = _corpus(config, tokenizer, documents, say)
         train, heldout = _split(config, corpus)
         recall = (
             RecallText(tokenizer, records_per_sequence=config.recall_records)
@@ -100,25 +97,23 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
             recall_share=config.recall_share,
         )
         packed.check_enough(config.num_sequences, allow_repeat=config.allow_repeat)
+        hybrid = load_as_hybrid(
+            config.model,
+            plan,
+            context=config.context,
+            rope_theta=config.rope_theta,
+            dtype=torch.float32,
+        )
     except BaseException:
-        if not resume and not any(training_folder(config.out).glob("checkpoint-*")):
-            shutil.rmtree(training_folder(config.out), ignore_errors=True)
+        if not resume:
+            shutil.rmtree(Path(config.out) if created else folder, ignore_errors=True)
         raise
-    np.save(
-        training_folder(config.out) / HELDOUT,
-        np.concatenate([heldout.document(i) for i in range(len(heldout))]),
-    )
+    text = np.concatenate([heldout.document(i) for i in range(len(heldout))])
+    np.save(folder / HELDOUT, text)
     report = packed.report()
     say(
         f"{train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out; "
         f"{report.rows:,} sequences of {config.context:,}, {report.padding_rate:.1%} padding"
-    )
-    hybrid = load_as_hybrid(
-        config.model,
-        plan,
-        context=config.context,
-        rope_theta=config.rope_theta,
-        dtype=torch.float32,
     )
     say(
         f"layers {plan}  sparse layers see {plan.pattern}; rotary base "
@@ -140,8 +135,8 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     record["finished"] = not figures["interrupted"]
     if figures["interrupted"]:
         say(
-            f"stopped at step {figures['step']} of {config.steps}; the same command with --resume "
-            "goes on from there"
+            f"stopped and saved at step {figures['step']} of {config.steps}; resume the run in "
+            f"{config.out} to go on from there"
         )
         return record
     hybrid.to(base.dtype or torch.bfloat16)
@@ -170,27 +165,11 @@ def _fit(config: ExtendConfig, shape: ModelShape) -> tuple[bool, int]:
 
 def _begin(config: ExtendConfig, resume: bool, say: Say) -> Path | None:
     """Claim the output folder, or find where a run in it stopped."""
+    check_folder(config, resume)
     folder = training_folder(config.out)
-    run = folder / _RUN
-    if not run.is_file():
-        if resume:
-            raise UsageError(f"There is no run to resume in {config.out}; leave --resume out.")
-        check_output(config.out)
-        write_json(run, config.to_dict())
-        return None
-    if (Path(config.out) / RECORD).is_file():
-        raise UsageError(f"The run in {config.out} is finished; give another --out.")
     if not resume:
-        raise UsageError(
-            f"{config.out} holds an unfinished run; add --resume to go on with it, or give another "
-            "--out."
-        )
-    differences = config.differences(json.loads(run.read_text(encoding="utf-8")))
-    if differences:
-        raise UsageError(
-            f"The run in {config.out} was started with other settings ({'; '.join(differences)}). "
-            "Resume it with the same ones, or give another --out."
-        )
+        write_json(folder / RUN, config.to_dict())
+        return None
     checkpoint, cut_off = newest_checkpoint(folder)
     for path in cut_off:
         say(f"{path.name} was cut off while it was written; it is not used")
@@ -199,18 +178,25 @@ def _begin(config: ExtendConfig, resume: bool, say: Say) -> Path | None:
     return checkpoint
 
 
-def _corpus(config: ExtendConfig, tokenizer: Any, resume: bool, say: Say) -> TokenizedCorpus:
-    folder = training_folder(config.out) / "corpus"
-    if resume and (folder / "corpus.json").is_file():
-        corpus = TokenizedCorpus.open(folder)
-        corpus.check_tokenizer(tokenizer)
-        return corpus
-    documents = read_documents(
+def _documents(config: ExtendConfig) -> Documents:
+    return read_documents(
         config.data,
         strict=config.strict,
         join_folders=config.join_folders,
         text_field=config.text_field,
     )
+
+
+def _corpus(
+    config: ExtendConfig, tokenizer: Any, documents: Documents | None, say: Say
+) -> TokenizedCorpus:
+    """Tokenize the documents; without any open the corpus of a run that is resumed."""
+    folder = training_folder(config.out) / "corpus"
+    if documents is None and (folder / INFO_FILE).is_file():
+        corpus = TokenizedCorpus.open(folder)
+        corpus.check_tokenizer(tokenizer)
+        return corpus
+    documents = documents or _documents(config)
     last = time.perf_counter()
 
     def progress(state: Any) -> None:
@@ -220,10 +206,9 @@ def _corpus(config: ExtendConfig, tokenizer: Any, resume: bool, say: Say) -> Tok
             say(f"tokenizing: {state.documents:,} documents, {state.tokens:,} tokens")
 
     corpus = tokenize_documents(documents, tokenizer, folder, progress=progress)
-    say(
-        f"{len(corpus):,} documents, {corpus.num_tokens:,} tokens; "
-        f"{documents.report.skipped_text()}"
-    )
+    say(f"{len(corpus):,} documents, {corpus.num_tokens:,} tokens")
+    if documents.report.skipped:
+        say(f"skipped: {documents.report.skipped_text()}")
     return corpus
 
 
@@ -276,8 +261,6 @@ def _train(
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         use_cpu=not on_gpu,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -306,6 +289,10 @@ def _train(
     arguments.gradient_accumulation_steps = config.sequences_per_step // world
     card = torch.cuda.get_device_name() if on_gpu else None
     progress = Progress(shape, plan, folder, config.log_steps, card, say)
+    if checkpointing:
+        # Transformers has renamed it; the Trainer's own setting warns in one release or the other.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if config.compile == "on" or (config.compile == "auto" and on_gpu):
         compile_elementwise(model)
     trainer = LongGenTrainer(
@@ -321,7 +308,16 @@ def _train(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"The GPU ran out of memory at step {trainer.state.global_step + 1} "
+            f"({torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use). Resume the run "
+            "with gradient checkpointing on, or begin another with a shorter context."
+        ) from error
+    finally:
+        progress.release()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "interrupted": progress.interrupted and trainer.state.global_step < config.steps,

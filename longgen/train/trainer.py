@@ -10,12 +10,14 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
+import transformers.trainer
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
@@ -63,6 +65,16 @@ class LongGenTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.progress.count(inputs["position_ids"])
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # To compare versions, the Trainer reads config.json as a plain config, which refuses a
+        # hybrid's layer types.
+        plain = transformers.trainer.PreTrainedConfig
+        transformers.trainer.PreTrainedConfig = type(self.model.config)
+        try:
+            super()._load_from_checkpoint(*args, **kwargs)
+        finally:
+            transformers.trainer.PreTrainedConfig = plain
 
 
 class Progress(TrainerCallback):
@@ -115,16 +127,32 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = self._since = time.perf_counter()
         self._first_step = state.global_step
+        if state.is_world_process_zero:
+            self._forget_steps_after(state.global_step)
         if threading.current_thread() is threading.main_thread():
             self._old_handler = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _forget_steps_after(self, step: int) -> None:
+        """Drop from the log the steps after a checkpoint that the run goes back to."""
+        if not self.log_path.is_file():
+            return
+        kept = []
+        for line in self.log_path.read_text(encoding="utf-8").splitlines(keepends=True):
+            # A run that was killed may have left half a line.
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+        staging = self.log_path.with_suffix(".partial")
+        staging.write_text("".join(kept), encoding="utf-8")
+        staging.replace(self.log_path)
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        self.say(
-            "stopping after this step and saving; press Ctrl-C again to stop at once without saving"
-        )
+        # The signal may have come in the middle of another line's output.
+        with suppress(RuntimeError):
+            self.say("stopping after this step and saving; Ctrl-C again stops at once, unsaved")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.interrupted:
@@ -184,9 +212,11 @@ class Progress(TrainerCallback):
         flops = statistics.median(entry["flops"] / entry["seconds"] for entry in speeds)
         return {"tokens_per_second": rate, "mfu": flops / self.peak if self.peak else None}
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def release(self) -> None:
+        """Give Ctrl-C back to whoever had it before the training."""
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
+            self._old_handler = None
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:

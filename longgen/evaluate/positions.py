@@ -1,0 +1,140 @@
+"""Loss by position: does the model go on using its context, the further it reads?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from longgen.errors import UsageError
+from longgen.evaluate.needle import Tokens, evaluating
+
+# Logits alive at once: 128 MiB in float32, whatever the vocabulary.
+LOGITS_PER_CHUNK = 2**25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionLoss:
+    """Hold the mean next-token loss in buckets of position.
+
+    Attributes:
+        context: tokens per window.
+        num_windows: windows measured; fewer than asked for where the text holds no more.
+        edges: bucket borders in tokens, shape (buckets + 1,). Bucket b holds the predictions made
+            at the positions edges[b] .. edges[b + 1] - 1 of a window, a prediction at position p
+            having seen p + 1 tokens.
+        mean: nats per token, shape (buckets,).
+        standard_error: of `mean` over the windows, shape (buckets,); None with a single window.
+    """
+
+    context: int
+    num_windows: int
+    edges: tuple[int, ...]
+    mean: tuple[float, ...]
+    standard_error: tuple[float, ...] | None
+
+    @property
+    def overall(self) -> float:
+        """Give the mean over all positions, in nats per token."""
+        return float(np.average(self.mean, weights=np.diff(self.edges)))
+
+    def rows(self, variant: str) -> list[dict[str, object]]:
+        """Give one results row, case `loss.<variant>`, with the curve in it."""
+        errors = None if self.standard_error is None else list(self.standard_error)
+        return [
+            {
+                "case": f"loss.{variant}",
+                "length": self.context,
+                "value": self.overall,
+                "unit": "nats per token",
+                "n": self.num_windows,
+                "edges": list(self.edges),
+                "mean": list(self.mean),
+                "standard_error": errors,
+            }
+        ]
+
+
+def loss_by_position(
+    model: PreTrainedModel,
+    tokens: Tokens,
+    context: int,
+    *,
+    num_windows: int = 8,
+    num_buckets: int = 16,
+    bos_token_id: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PositionLoss:
+    """Measure the next-token loss over held-out windows, by position in the window.
+
+    Logits of [context x vocabulary] never exist: the hidden states of a window go through the
+    model's output head a few positions at a time, and the softmax is taken in float32. That is the
+    model's own loss for every family whose logits are plainly `lm_head(hidden)`, which holds for
+    those this package converts.
+
+    Args:
+        model: a causal language model with `model.model` and `model.lm_head`.
+        tokens: held-out text as token ids, shape (tokens,).
+        context: tokens per window.
+        num_windows: windows, spread evenly over the text without overlap, as many as the text holds
+            at most.
+        num_buckets: equal buckets of position.
+        bos_token_id: put before every window, where the tokenizer starts sequences with it. The
+            window then reads context - 1 tokens of text, and its first prediction is made from bos.
+        progress: called with (windows done, windows) after every window.
+
+    Raises:
+        UsageError: the text is shorter than one window and the token that follows it, or a count
+            makes no sense.
+    """
+    text = np.asarray(tokens)
+    lead = [] if bos_token_id is None else [bos_token_id]
+    span = (
+        context + 1 - len(lead)
+    )  # tokens of text that one window touches, the last only as a target
+    if context < 1 or num_windows < 1 or not 1 <= num_buckets <= context:
+        raise UsageError(
+            "Loss by position needs at least one window, and between one bucket and as many as the"
+            f" context has tokens; got {num_windows} windows and {num_buckets} buckets for a"
+            f" context of {context}."
+        )
+    if len(text) < span:
+        raise UsageError(
+            f"The held-out text has {len(text):,} tokens, and loss by position over a context of"
+            f" {context:,} needs at least {span:,}; give more text or ask for a shorter context."
+        )
+    windows = min(num_windows, 1 + (len(text) - span) // context)
+    starts = [i * (len(text) - span) // max(1, windows - 1) for i in range(windows)]
+    edges = [context * i // num_buckets for i in range(num_buckets + 1)]
+    means = np.empty((windows, num_buckets))
+    for w, start in enumerate(starts):
+        sequence = torch.tensor(lead + text[start : start + span].tolist(), device=model.device)
+        losses = _window_losses(model, sequence)
+        means[w] = [losses[a:b].mean() for a, b in pairwise(edges)]
+        if progress:
+            progress(w + 1, windows)
+    error = means.std(axis=0, ddof=1) / np.sqrt(windows) if windows > 1 else None
+    return PositionLoss(
+        context=context,
+        num_windows=windows,
+        edges=tuple(edges),
+        mean=tuple(means.mean(axis=0).tolist()),
+        standard_error=None if error is None else tuple(error.tolist()),
+    )
+
+
+def _window_losses(model: PreTrainedModel, sequence: torch.Tensor) -> np.ndarray:
+    """Give the loss in nats of predicting each token after the first; (T + 1,) to (T,), float64."""
+    with evaluating(model):
+        hidden = model.model(input_ids=sequence[None, :-1], use_cache=False).last_hidden_state[
+            0
+        ]  # (T, hidden)
+        chunk = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
+        losses = [
+            F.cross_entropy(model.lm_head(h).float(), target.to(h.device), reduction="none")
+            for h, target in zip(hidden.split(chunk), sequence[1:].split(chunk), strict=True)
+        ]
+        return torch.cat(losses).double().cpu().numpy()

@@ -1,0 +1,316 @@
+"""Evaluate one model on held-out text: needle grid, loss by position, cost of a context.
+
+Everything is saved as it is measured. A later call with the same model, text and settings takes
+over what it finds and measures only what is missing.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from longgen.data.sources import read_documents
+from longgen.errors import UsageError
+from longgen.evaluate.cost import Cost, measure_cost
+from longgen.evaluate.needle import NeedleCell, NeedleResult, NeedleTask, Tokens, run_needle
+from longgen.evaluate.plots import plot_decode_time, plot_kv_bytes, plot_loss, plot_needle
+from longgen.evaluate.positions import loss_by_position
+from longgen.evaluate.results import say_bytes, say_tokens
+from longgen.evaluate.saved import Rows, SavedResults
+from longgen.hf import is_hybrid
+
+METRICS = ("needle", "loss", "cost")
+# Windows of the longest length that given text is read for; more would only take time.
+MOST_WINDOWS = 16
+LOSS_BUCKETS = 16
+DECODE_STEPS = 32
+REPEATS = 3
+PREFILL_CHUNK = 8192
+SECONDS_BETWEEN_LINES = 10
+
+Say = Callable[[str], None]
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: Tokens,
+    out: str | Path,
+    *,
+    variant: str | None = None,
+    model_name: str | None = None,
+    lengths: Sequence[int],
+    num_depths: int = 11,
+    samples: int = 10,
+    seed: int = 0,
+    repeat_text: bool = False,
+    loss_context: int | None = None,
+    loss_windows: int = 8,
+    cost_lengths: Sequence[int] | None = None,
+    only: Sequence[str] = METRICS,
+    original_context: int | None = None,
+    command: str = "",
+    say: Say = print,
+) -> Rows:
+    """Measure a model and write `needle.json`, `loss.json`, `cost.json` and their pictures.
+
+    Figures of other lengths in the same files stay there if model, text and settings are the same;
+    otherwise the files are begun anew. An interrupt loses at most the cell that was being measured.
+
+    Args:
+        model: a hybrid or plain causal language model, on its device and in its dtype. Lengths may
+            go beyond its context: that is where it is to be compared.
+        tokenizer: the model's tokenizer.
+        heldout: text that the model was not trained on, as token ids; special tokens are left out.
+        out: folder for the results.
+        variant: what results call the model; by default `variant_of(model.config)`.
+        model_name: stands in the title of the needle picture; by default the variant.
+        lengths: of the needle grid, in tokens.
+        num_depths: of the needle grid.
+        samples: per cell of the needle grid.
+        seed: of needles and random prompts.
+        repeat_text: repeat held-out text that is shorter than a needle's length.
+        loss_context: window of the loss, in tokens; by default the greatest of `lengths` that the
+            text can fill.
+        loss_windows: windows of the loss, at most.
+        cost_lengths: where cache and times are measured; by default `lengths`.
+        only: which of `METRICS` to measure.
+        original_context: marks in the loss picture where the original model's context ends.
+        command: the command line that makes these figures.
+        say: prints one line of progress.
+
+    Returns:
+        The results rows of what was asked for, as the files hold them.
+
+    Raises:
+        UsageError: before anything runs, if the text is too short or an argument makes no sense;
+            later, if the device runs out of memory in a needle test.
+    """
+    unknown = [name for name in only if name not in METRICS]
+    if unknown or not only:
+        raise UsageError(
+            f"There is no {', '.join(unknown) or 'metric'} to evaluate; choose from "
+            f"{', '.join(METRICS)}."
+        )
+    text = np.asarray(heldout)
+    text = text[~np.isin(text, tokenizer.all_special_ids)]
+    task = NeedleTask(
+        lengths=tuple(sorted(set(lengths))),
+        num_depths=num_depths,
+        samples=samples,
+        seed=seed,
+        wrap_haystack=repeat_text,
+    )
+    if loss_context is None:
+        loss_context = max((n for n in lengths if n < len(text)), default=max(lengths))
+    _check_text(len(text), task, loss_context, only)
+    saved = SavedResults(
+        Path(out),
+        model,
+        tokenizer,
+        text,
+        variant=variant or variant_of(model.config),
+        seed=seed,
+        command=command,
+        say=say,
+    )
+    wanted = {
+        "needle": set(lengths),
+        "loss": {loss_context},
+        "cost": set(cost_lengths or lengths),
+    }
+    if "needle" in only:
+        _needle(model, tokenizer, text, task, saved)
+    if "loss" in only:
+        bos = _leading_bos(tokenizer)
+        _loss(model, text, loss_context, loss_windows, bos, saved)
+    if "cost" in only:
+        _cost(model, sorted(wanted["cost"]), saved)
+    try:
+        _draw(saved, only, model_name or saved.variant, original_context)
+    except UsageError as error:
+        # matplotlib may be missing; figures without pictures are worth keeping.
+        say(f"no pictures: {error}")
+    return [
+        row
+        for metric in METRICS
+        if metric in only
+        for row in saved.rows(metric)
+        if row["length"] in wanted[metric]
+    ]
+
+
+def variant_of(config: Any) -> str:
+    """Return what results call a model by default: original, hybrid, full or sparse."""
+    if not is_hybrid(config):
+        return "original"
+    return {"F": "full", "S": "sparse"}.get("".join(set(config.layer_plan.layers)), "hybrid")
+
+
+def default_lengths(context: int) -> tuple[int, ...]:
+    """Return the powers of two from min(4096, context / 8) up to the context, and the context."""
+    first = 1 << (max(min(4096, context // 8), 1).bit_length() - 1)
+    lengths = [first << i for i in range(context.bit_length()) if first << i < context]
+    return (*lengths, context)
+
+
+def tokenize_text(
+    paths: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> np.ndarray:
+    """Read files, folders and globs, as training does, into token ids [tokens].
+
+    Reading stops after enough tokens for `MOST_WINDOWS` windows of `longest` tokens.
+
+    Raises:
+        UsageError: as `read_documents`.
+    """
+    ids: list[int] = []
+    for document in read_documents(paths):
+        ids += tokenizer(
+            document.text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,  # no warning that the text is longer than the model's context
+        )["input_ids"]
+        if len(ids) > MOST_WINDOWS * longest:
+            break
+    return np.asarray(ids)
+
+
+def _check_text(size: int, task: NeedleTask, loss_context: int, only: Sequence[str]) -> None:
+    if "needle" in only:
+        for length in task.lengths:
+            task.check_haystack(size, length)
+    if "loss" in only and size <= loss_context:
+        raise UsageError(
+            f"The held-out text has {size:,} tokens; loss by position over {loss_context:,} needs "
+            f"{loss_context + 1:,}. Give more text, ask for shorter lengths, or leave the loss out."
+        )
+
+
+def _needle(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: np.ndarray,
+    task: NeedleTask,
+    saved: SavedResults,
+) -> None:
+    settings = {
+        "num_depths": task.num_depths,
+        "samples": task.samples,
+        "seed": task.seed,
+        "repeat_text": task.wrap_haystack,
+    }
+    found = saved.read("needle", settings)
+    others = [row for row in found if row["length"] not in task.lengths]
+    cells = task.finished_cells(found)
+    if cells:
+        saved.say(f"needle: {len(cells)} cells were measured before")
+    last = time.perf_counter()
+
+    def save(cell: NeedleCell) -> None:
+        nonlocal last
+        cells.append(cell)
+        result = NeedleResult(task, tuple(cells), len(text))
+        saved.write("needle", settings, others + result.rows(saved.variant))
+        here = [one for one in cells if one.length == cell.length]
+        if len(here) == task.num_depths:
+            hits = [hit for one in here for hit in one.hits]
+            saved.say(f"needle at {say_tokens(cell.length)}: {sum(hits)} of {len(hits)} found")
+        elif time.perf_counter() - last > SECONDS_BETWEEN_LINES:
+            number = len(task.lengths) * task.num_depths
+            saved.say(f"needle at {say_tokens(cell.length)}: cell {len(cells)} of {number}")
+        else:
+            return
+        last = time.perf_counter()
+
+    run_needle(model, tokenizer, text, task, finished=tuple(cells), on_cell=save)
+
+
+def _loss(
+    model: PreTrainedModel,
+    text: np.ndarray,
+    context: int,
+    num_windows: int,
+    bos_token_id: int | None,
+    saved: SavedResults,
+) -> None:
+    buckets = min(LOSS_BUCKETS, context)
+    settings = {"windows": num_windows, "buckets": buckets}
+    found = saved.read("loss", settings)
+    if all(row["length"] != context for row in found):
+        result = loss_by_position(
+            model,
+            text,
+            context,
+            num_windows=num_windows,
+            num_buckets=buckets,
+            bos_token_id=bos_token_id,
+        )
+        saved.write("loss", settings, found + result.rows(saved.variant))
+        saved.say(
+            f"loss over {say_tokens(context)}: {result.overall:.3f} nats a token, from "
+            f"{result.mean[0]:.2f} at the start to {result.mean[-1]:.2f} at the end"
+        )
+
+
+def _cost(model: PreTrainedModel, lengths: Sequence[int], saved: SavedResults) -> None:
+    settings = {
+        "decode_steps": DECODE_STEPS,
+        "repeats": REPEATS,
+        "prefill_chunk": PREFILL_CHUNK,
+        "seed": saved.seed,
+    }
+    rows = saved.read("cost", settings)
+    too_long: int | None = None
+    for length in lengths:
+        if any(row["length"] == length for row in rows):
+            continue
+        if too_long is None:
+            [cost] = measure_cost(
+                model,
+                [length],
+                decode_steps=DECODE_STEPS,
+                repeats=REPEATS,
+                prefill_chunk=PREFILL_CHUNK,
+                seed=saved.seed,
+            )
+        else:
+            reason = f"Not tried: {too_long:,} tokens did not fit already."
+            cost = Cost(length=length, prefill_chunk=PREFILL_CHUNK, error=reason)
+        rows += cost.rows(saved.variant)
+        saved.write("cost", settings, rows)
+        if cost.error is not None or cost.kv_bytes is None:
+            too_long = too_long or length
+            saved.say(f"cost at {say_tokens(length)}: {cost.error}")
+        else:
+            saved.say(
+                f"cost at {say_tokens(length)}: {say_bytes(cost.kv_bytes)} of keys and values, "
+                f"prefill {statistics.median(cost.prefill_seconds):.2f} s, "
+                f"{statistics.median(cost.decode_ms):.1f} ms a token"
+            )
+
+
+def _draw(
+    saved: SavedResults, only: Sequence[str], model_name: str, original_context: int | None
+) -> None:
+    folder = saved.folder
+    if "needle" in only:
+        plot_needle(saved.rows("needle"), folder / "needle.png", model_name=model_name)
+    if "loss" in only:
+        rows = saved.rows("loss")
+        plot_loss(rows, folder / "loss.png", original_context=original_context)
+    if "cost" in only and any(row["value"] is not None for row in saved.rows("cost")):
+        plot_kv_bytes(saved.rows("cost"), folder / "kv.png")
+        plot_decode_time(saved.rows("cost"), folder / "decode.png")
+
+
+def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return bos if the tokenizer starts every sequence with it."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None

@@ -1,0 +1,158 @@
+"""Recall text: every lookup repeats its record, nothing overlaps, all distances are as likely."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longgen.data import RecallText
+from longgen.data import recall as recall_module
+from longgen.errors import UsageError
+
+# The background: a token that no record holds, so that every planted token shows.
+PLAIN = 1
+SPAN = re.compile(r"\n(Record|Lookup: record) (\S+) has code (\d{6})\.\n")
+
+
+@dataclass(frozen=True)
+class Span:
+    kind: str
+    key: str
+    code: str
+    start: int
+    tokens: int
+
+
+def spans_in(ids: np.ndarray, tokenizer: Any) -> list[Span]:
+    """Read back what was planted, failing on anything that is not whole records and lookups."""
+    spans = []
+    start = 0
+    for planted, group in itertools.groupby(ids.tolist(), lambda token: token != PLAIN):
+        run = list(group)
+        if planted:
+            text = tokenizer.decode(run)
+            matches = list(SPAN.finditer(text))
+            assert "".join(match.group() for match in matches) == text
+            at = start
+            for match in matches:
+                size = len(tokenizer(match.group(), add_special_tokens=False)["input_ids"])
+                spans.append(Span(*match.groups(), start=at, tokens=size))
+                at += size
+            assert at == start + len(run)
+        start += len(run)
+    return spans
+
+
+def pairs_in(ids: np.ndarray, tokenizer: Any) -> list[tuple[Span, Span]]:
+    """Return (record, lookup) of each key, failing unless each has just these two."""
+    spans = spans_in(ids, tokenizer)
+    records = {span.key: span for span in spans if span.kind == "Record"}
+    lookups = {span.key: span for span in spans if span.kind != "Record"}
+    assert len(records) == len(lookups) == len(spans) / 2
+    assert records.keys() == lookups.keys()
+    return [(record, lookups[key]) for key, record in records.items()]
+
+
+def uniform_error(values: list[float]) -> float:
+    """Return the Kolmogorov-Smirnov distance of values from the uniform distribution on [0, 1]."""
+    ordered = np.sort(values)
+    steps = np.arange(len(values) + 1) / len(values)
+    return float(max((steps[1:] - ordered).max(), (ordered - steps[:-1]).max()))
+
+
+def uniform_bound(number: int) -> float:
+    """Return the distance that uniform values exceed with probability below 1e-6 (Massart)."""
+    return math.sqrt(math.log(2 / 1e-6) / (2 * number))
+
+
+def plant(
+    recall: RecallText, number: int, rng: np.random.Generator, pairs: int | None = None
+) -> np.ndarray:
+    return recall.apply(np.full(number, PLAIN, dtype=np.int64), rng, pairs=pairs)
+
+
+@given(st.integers(2, 3000), st.one_of(st.none(), st.integers(0, 60)), st.integers(0, 99))
+def test_records_and_lookups_are_whole_and_match(
+    tokenizer: Any, number: int, pairs: int | None, seed: int
+) -> None:
+    recall = RecallText(tokenizer)
+    ids = plant(recall, number, np.random.default_rng(seed), pairs)
+    assert ids.shape == (number,)
+    assert ids.dtype == np.int64
+    assert ids[0] == ids[-1] == PLAIN
+    found = pairs_in(ids, tokenizer)
+    for record, lookup in found:
+        assert record.code == lookup.code
+        assert record.start < lookup.start
+    asked = recall.num_pairs(number) if pairs is None else pairs
+    assert len(found) <= asked
+    if number >= recall.min_tokens and asked:
+        assert found
+    if number >= 4 * recall.min_tokens * asked:
+        assert len(found) == asked
+    if len(found) > 1:
+        assert (ids != PLAIN).sum() <= number / 4
+
+
+def test_default_density_is_a_pair_per_thousand_tokens(tokenizer: Any) -> None:
+    recall = RecallText(tokenizer)
+    for number, pairs in ((300, 1), (1000, 1), (4000, 4), (32_768, 33)):
+        assert len(pairs_in(plant(recall, number, np.random.default_rng(0)), tokenizer)) == pairs
+    recall = RecallText(tokenizer, records_per_sequence=3)
+    assert len(pairs_in(plant(recall, 32_768, np.random.default_rng(0)), tokenizer)) == 3
+
+
+def test_keys_are_drawn_without_repeating(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall_module, "NUM_KEYS", 300)
+    found = pairs_in(plant(RecallText(tokenizer), 80_000, np.random.default_rng(0), 300), tokenizer)
+    assert len({record.key for record, _ in found}) == len(found) == 300
+
+
+@pytest.mark.parametrize(("number", "draws"), [(150, 2000), (2000, 2000), (8000, 250)])
+def test_distances_and_places_are_uniform(tokenizer: Any, number: int, draws: int) -> None:
+    recall = RecallText(tokenizer)
+    rng = np.random.default_rng(number)
+    distances, places = [], []
+    for _ in range(draws):
+        for record, lookup in pairs_in(plant(recall, number, rng), tokenizer):
+            # The ranges that the docstring promises; adding a draw from [0, 1) to a whole number
+            # makes a uniform one of 0 ... n - 1 uniform on [0, n).
+            distance = lookup.start - record.start
+            longest = number - 2 - lookup.tokens
+            span = longest - record.tokens + 1
+            distances.append((distance - record.tokens + rng.random()) / span)
+            places.append((record.start - 1 + rng.random()) / (longest - distance + 1))
+    assert uniform_error(distances) < uniform_bound(len(distances))
+    assert uniform_error(places) < uniform_bound(len(places))
+    # What is ruled out: two independent places, whose distances are mostly short.
+    two = np.abs(rng.random(len(distances)) - rng.random(len(distances)))
+    assert uniform_error(list(two)) > uniform_bound(len(distances))
+
+
+def test_same_random_state_same_text(tokenizer: Any) -> None:
+    recall = RecallText(tokenizer)
+    first, second, other = (plant(recall, 5000, np.random.default_rng(s)) for s in (3, 3, 4))
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, other)
+
+
+def test_input_is_left_as_it_was(tokenizer: Any) -> None:
+    ids = np.full(500, PLAIN, dtype=np.uint16)
+    planted = RecallText(tokenizer).apply(ids, np.random.default_rng(0))
+    assert (ids == PLAIN).all()
+    assert planted.dtype == np.uint16
+    assert (planted != PLAIN).any()
+
+
+@pytest.mark.parametrize("asked", [0, -3, 10**9])
+def test_numbers_of_records_that_are_refused(tokenizer: Any, asked: int) -> None:
+    with pytest.raises(UsageError, match=f"records_per_sequence is {asked}"):
+        RecallText(tokenizer, records_per_sequence=asked)

@@ -1,0 +1,114 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from longgen.errors import UsageError
+from longgen.evaluate import cost
+from longgen.evaluate.cost import Cost, measure_cost
+
+BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head size, float32
+
+
+@contextmanager
+def watched(model: LlamaForCausalLM, limit: int = 10**9, text: str = "") -> Iterator[list[int]]:
+    """List the tokens of every forward pass; fail once keys would exceed `limit`."""
+    sizes: list[int] = []
+
+    def watch(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        cache, new = kwargs["past_key_values"], kwargs["input_ids"].shape[1]
+        assert not module.training
+        if new + (cache.get_seq_length() if cache else 0) > limit:
+            raise RuntimeError(text) if text else torch.OutOfMemoryError("CUDA out of memory.")
+        sizes.append(new)
+
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        yield sizes
+    finally:
+        hook.remove()
+
+
+def test_measures_every_length(model: LlamaForCausalLM) -> None:
+    done: list[tuple[int, int]] = []
+    with watched(model) as sizes:
+        costs = measure_cost(
+            model,
+            [50, 20],
+            decode_steps=4,
+            repeats=2,
+            warmup=1,
+            prefill_chunk=16,
+            progress=lambda a, b: done.append((a, b)),
+        )
+    decode = [1] * (cost.WARMUP_STEPS + 4)
+    assert sizes == [16, 4] * 3 + decode + [16, 16, 16, 2] * 3 + decode
+    assert done == [(1, 2), (2, 2)]
+    for found, length in zip(costs, (20, 50), strict=True):
+        assert found.length == length and found.error is None
+        assert found.kv_bytes == length * BYTES_PER_TOKEN
+        assert len(found.prefill_seconds) == 2 and len(found.decode_ms) == 4
+        assert min(found.prefill_seconds) > 0 and min(found.decode_ms) > 0
+
+
+def test_times_are_what_the_clock_says(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter(range(1000))
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(ticks))
+    (found,) = measure_cost(model, [8], decode_steps=2, repeats=3)
+    assert found.prefill_seconds == (1, 1, 1) and found.decode_ms == (1000, 1000)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"]
+)
+def test_out_of_memory_is_a_row(model: LlamaForCausalLM, text: str) -> None:
+    with watched(model, limit=40, text=text):
+        costs = measure_cost(model, [16, 64, 128], decode_steps=1, repeats=1)
+    assert costs[0].error is None
+    assert costs[1].error == "Out of memory at 64 tokens on cpu."
+    assert costs[2].error == "Skipped: 64 tokens did not fit, so greater lengths were not tried."
+    for row in costs[2].rows("full"):
+        assert row["value"] is None and row["error"] == costs[2].error
+
+
+def test_other_errors_pass(model: LlamaForCausalLM) -> None:
+    with (
+        watched(model, limit=10, text="shapes differ"),
+        pytest.raises(RuntimeError, match="shapes"),
+    ):
+        measure_cost(model, [16])
+
+
+def test_rows_give_median_and_range() -> None:
+    found = Cost(
+        length=4096,
+        prefill_chunk=1024,
+        kv_bytes=77,
+        prefill_seconds=(3.0, 1.0, 2.0),
+        decode_ms=(4.0, 9.0, 5.0, 4.0),
+    )
+    kv, prefill, decode = found.rows("hybrid")
+    assert (kv["case"], kv["value"], kv["unit"]) == ("kv_bytes.hybrid", 77, "bytes")
+    assert (prefill["case"], prefill["value"], prefill["unit"]) == ("prefill.hybrid", 2.0, "s")
+    assert (decode["case"], decode["value"]) == ("decode.hybrid", 4.5)
+    assert decode["spread"] == [4.0, 9.0] and decode["n"] == 4 and decode["batch"] == 1
+    assert {row["length"] for row in (kv, prefill, decode)} == {4096}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lengths": [0, 5]},
+        {"lengths": []},
+        {"repeats": 0},
+        {"decode_steps": 0},
+        {"prefill_chunk": 0},
+    ],
+)
+def test_senseless_counts(model: LlamaForCausalLM, wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="at least 1, not 0"):
+        measure_cost(model, **{"lengths": [8], **wrong})

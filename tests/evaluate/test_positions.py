@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
+
+from longgen.errors import UsageError
+from longgen.evaluate import positions
+from longgen.evaluate.positions import loss_by_position
+
+# The same float32 sums in another order: 32 products per logit, losses of a few nats.
+EPS = 32 * 10 * torch.finfo(torch.float32).eps
+
+
+def naive(model: LlamaForCausalLM, sequence: np.ndarray) -> np.ndarray:
+    ids = torch.from_numpy(sequence)
+    with torch.no_grad():
+        logits = model(input_ids=ids[None, :-1]).logits[0].float()
+    return F.cross_entropy(logits, ids[1:], reduction="none").double().numpy()
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 600, 1000)
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 10_000])
+def test_equals_whole_logits(
+    model: LlamaForCausalLM, tokens: np.ndarray, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(positions, "LOGITS_PER_CHUNK", chunk * 600)
+    sizes = []
+    hook = model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
+    try:
+        found = loss_by_position(model, tokens, 130, num_windows=4, num_buckets=4)
+    finally:
+        hook.remove()
+    assert max(sizes) == min(chunk, 130) and sum(sizes) == 4 * 130
+
+    starts = [0, 289, 579, 869]  # spread over the 1000 - 131 places a window may start
+    losses = np.stack([naive(model, tokens[s : s + 131]) for s in starts])
+    assert found.edges == (0, 32, 65, 97, 130)
+    by_window = np.stack(
+        [losses[:, a:b].mean(1) for a, b in ((0, 32), (32, 65), (65, 97), (97, 130))]
+    )
+    np.testing.assert_allclose(found.mean, by_window.mean(1), rtol=0, atol=EPS)
+    error = by_window.std(1, ddof=1) / 2
+    np.testing.assert_allclose(found.standard_error, error, rtol=0, atol=EPS)
+    assert found.overall == pytest.approx(losses.mean(), abs=EPS)
+
+
+def test_windows_do_not_overlap(model: LlamaForCausalLM, tokens: np.ndarray) -> None:
+    seen: list[torch.Tensor] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["input_ids"][0]), with_kwargs=True
+    )
+    unique = np.arange(600)
+    try:
+        found = loss_by_position(model, unique, 100, num_windows=9, num_buckets=1)
+        assert found.num_windows == len(seen) == 5
+        assert len(torch.cat(seen).unique()) == 500
+        # Exactly two windows and the last target: both ends of the text are used.
+        seen.clear()
+        found = loss_by_position(model, unique[:201], 100, num_windows=9, num_buckets=1)
+        assert [int(window[0]) for window in seen] == [0, 100]
+    finally:
+        hook.remove()
+
+
+def test_bos_goes_before_every_window(model: LlamaForCausalLM, tokens: np.ndarray) -> None:
+    found = loss_by_position(
+        model, tokens[:200], 100, num_windows=2, num_buckets=100, bos_token_id=0
+    )
+    halves = [np.concatenate([[0], tokens[a : a + 100]]) for a in (0, 100)]
+    expected = np.mean([naive(model, half) for half in halves], axis=0)
+    np.testing.assert_allclose(found.mean, expected, rtol=0, atol=EPS)
+
+
+def test_single_window_has_no_error(model: LlamaForCausalLM, tokens: np.ndarray) -> None:
+    done: list[tuple[int, int]] = []
+    found = loss_by_position(
+        model, tokens[:65], 64, num_buckets=2, progress=lambda a, b: done.append((a, b))
+    )
+    assert found.num_windows == 1 and found.standard_error is None and done == [(1, 1)]
+    (row,) = found.rows("full")
+    assert row["case"] == "loss.full" and row["value"] == found.overall and row["n"] == 1
+    assert row["standard_error"] is None and row["edges"] == [0, 32, 64]
+
+
+def test_too_little_text(model: LlamaForCausalLM, tokens: np.ndarray) -> None:
+    with pytest.raises(UsageError, match=r"64 tokens.*context of 64 needs at least 65"):
+        loss_by_position(model, tokens[:64], 64)
+
+
+@pytest.mark.parametrize("counts", [{"num_windows": 0}, {"num_buckets": 0}, {"num_buckets": 65}])
+def test_senseless_counts(
+    model: LlamaForCausalLM, tokens: np.ndarray, counts: dict[str, int]
+) -> None:
+    with pytest.raises(UsageError, match="context of 64"):
+        loss_by_position(model, tokens, 64, **counts)

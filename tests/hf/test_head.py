@@ -1,0 +1,199 @@
+"""The fused loss: plain cross-entropy's numbers and gradients, and never a whole matrix of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import longgen.hf.head as head
+from longgen.attention.testing import assert_within_eager_error
+from longgen.hf import LMHead, linear_cross_entropy
+from longgen.hf.head import shift
+
+ROWS, WIDTH, VOCABULARY = 75, 24, 111
+
+
+def draw(dtype: torch.dtype, bias: bool) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    targets = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    targets[::7] = -100
+    leaves = [normal(ROWS, WIDTH), normal(VOCABULARY, WIDTH)] + [normal(VOCABULARY)] * bias
+    return (targets, *leaves)
+
+
+def naive(targets: torch.Tensor, h: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> Any:
+    """Give each token's loss; the logits are upcast as transformers does."""
+    logits = F.linear(h, w, b)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def with_gradients(
+    loss: Any, tensors: list[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    value = loss(*leaves, *[None] * (3 - len(leaves)))
+    return value.detach(), list(torch.autograd.grad(value.sum(), leaves))
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 13, 74, 75, 76, None])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"], ids=str)
+def test_loss_and_gradients(dtype: Any, bias: bool, chunk: int | None) -> None:
+    """Against autograd: the same dtype's error twice over, both measured by fp64."""
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast")
+    targets, *leaves = draw(torch.float32 if dtype == "autocast" else dtype, bias)
+    exact, exact_grads = with_gradients(
+        lambda h, w, b: naive(targets, h, w, b), [x.double() for x in leaves]
+    )
+    with autocast:
+        eager, eager_grads = with_gradients(lambda h, w, b: naive(targets, h, w, b), leaves)
+        loss, grads = with_gradients(
+            lambda h, w, b: linear_cross_entropy(h, w, targets, b, chunk_tokens=chunk), leaves
+        )
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    # A sum may by luck be closer than its terms: its budget is theirs, and that of adding them up.
+    rounding = ROWS * torch.finfo(torch.float32).eps * float(exact.sum())
+    assert float((loss - exact.sum()).abs()) <= 2 * float((eager - exact).abs().sum()) + rounding
+    for name, got, want, truth in zip("hwb", grads, eager_grads, exact_grads, strict=False):
+        assert_within_eager_error(f"gradient of {name}", got, want, truth)
+
+
+def test_fp64_gradients_are_the_losss_own() -> None:
+    """In fp64 against autograd, to the fp32 that the loss is documented to be in."""
+    targets, *leaves = draw(torch.float64, True)
+    exact, exact_grads = with_gradients(lambda h, w, b: naive(targets, h, w, b), leaves)
+    loss, grads = with_gradients(
+        lambda h, w, b: linear_cross_entropy(h, w, targets, b, chunk_tokens=16), leaves
+    )
+    single = torch.finfo(torch.float32).eps
+    assert float((loss - exact.sum()).abs()) <= ROWS * single * float(exact.sum())
+    for got, truth in zip(grads, exact_grads, strict=True):
+        assert got.dtype == torch.float64
+        # A gradient is a sum of at most VOCABULARY products.
+        assert float((got - truth).abs().max()) <= VOCABULARY * single * float(truth.abs().max())
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_what_needs_no_gradient_gets_none(frozen: int) -> None:
+    targets, *leaves = draw(torch.float32, True)
+    _, every = with_gradients(lambda h, w, b: linear_cross_entropy(h, w, targets, b), leaves)
+    own = [x.clone().requires_grad_(index != frozen) for index, x in enumerate(leaves)]
+    linear_cross_entropy(own[0], own[1], targets, own[2], chunk_tokens=16).backward()
+    for index, (leaf, want) in enumerate(zip(own, every, strict=True)):
+        if index == frozen:
+            assert leaf.grad is None
+        else:
+            torch.testing.assert_close(leaf.grad, want)
+
+
+def test_the_gradient_is_scaled_by_what_comes_after() -> None:
+    targets, *leaves = draw(torch.float32, False)
+    _, once = with_gradients(lambda h, w, b: linear_cross_entropy(h, w, targets), leaves)
+    _, scaled = with_gradients(lambda h, w, b: -4 * linear_cross_entropy(h, w, targets), leaves)
+    for a, b in zip(once, scaled, strict=True):
+        assert torch.equal(-4 * a, b)
+
+
+def test_ignored_rows_do_not_count() -> None:
+    targets, h, w = draw(torch.float32, False)
+    real = targets != -100
+    loss, (grad, _) = with_gradients(lambda h, w, b: linear_cross_entropy(h, w, targets), [h, w])
+    alone = linear_cross_entropy(h[real], w, targets[real])
+    torch.testing.assert_close(loss, alone)
+    assert (grad[~real] == 0).all() and (grad[real] != 0).any(1).all()
+
+
+def test_no_labels_at_all() -> None:
+    targets, h, w = draw(torch.float32, False)
+    layer = LMHead(WIDTH, VOCABULARY, bias=False)
+    assert float(layer(h, torch.full_like(targets, -100)).detach()) == 0.0
+    assert float(linear_cross_entropy(h[:0], w, targets[:0])) == 0.0
+
+
+@pytest.mark.parametrize("label", [-1, -99, VOCABULARY])
+def test_labels_outside_the_vocabulary_are_not_taken_for_others(label: int) -> None:
+    targets, h, w = draw(torch.float32, False)
+    targets[3] = label
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        linear_cross_entropy(h, w, targets)
+
+
+class Spy(TorchDispatchMode):
+    """Note the largest tensor that any operation makes, and how many matrix products there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.numel())
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return out
+
+
+def test_the_spy_sees_whole_logits() -> None:
+    targets, h, w = draw(torch.float32, False)
+    with Spy() as spy:
+        naive(targets, h, w, None)
+    assert spy.largest == ROWS * VOCABULARY and spy.products == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_logits_never_exist(dtype: torch.dtype) -> None:
+    targets, h, w = draw(dtype, False)
+    h, w = h.requires_grad_(), w.requires_grad_()
+    with Spy() as spy:
+        linear_cross_entropy(h, w, targets, chunk_tokens=16).backward()
+    assert spy.largest <= max(16 * VOCABULARY, VOCABULARY * WIDTH)
+
+
+def test_the_default_chunk_is_half_a_gibibyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = []
+
+    def take(h: Any, w: Any, b: Any, targets: Any, chunk: int) -> torch.Tensor:
+        chunks.append(chunk)
+        return h.sum()
+
+    monkeypatch.setattr(head._LinearCrossEntropy, "apply", take)
+    for words in (32_000, 49_152, 151_936, 10**8):
+        linear_cross_entropy(torch.zeros(1, 1), torch.zeros(1, 1).expand(words, 1), torch.zeros(1))
+    assert chunks == [2**29 // (4 * 32_000), 2**29 // (4 * 49_152), 2**29 // (4 * 151_936), 64]
+
+
+def test_evaluation_computes_no_gradients() -> None:
+    targets, h, w = draw(torch.float32, False)
+    with torch.no_grad(), Spy() as spy:
+        linear_cross_entropy(h.requires_grad_(), w.requires_grad_(), targets, chunk_tokens=25)
+    assert spy.products == 3, "one product a chunk, for the logits"
+
+
+def test_head_gives_logits_or_loss() -> None:
+    targets, h, _ = draw(torch.float32, False)
+    layer = LMHead(WIDTH, VOCABULARY)
+    logits = layer(h.view(3, 25, WIDTH))
+    assert torch.equal(logits, F.linear(h.view(3, 25, WIDTH), layer.weight, layer.bias))
+    labels = targets.view(3, 25)
+    exact = F.cross_entropy(logits.double().flatten(0, 1), targets, reduction="sum")
+    counted = int((targets != -100).sum())
+    # Sums of ROWS numbers in fp32.
+    near = {"rtol": ROWS * torch.finfo(torch.float32).eps, "atol": 0.0}
+    for items, divisor in ((None, counted), (10, 10), (torch.tensor(10), 10)):
+        loss = layer(h.view(3, 25, WIDTH), labels, items)
+        torch.testing.assert_close(loss.double(), exact / divisor, **near)
+
+
+def test_shift() -> None:
+    labels = torch.tensor([[1, 2, 3], [4, -100, 6]])
+    assert shift(labels).tolist() == [[2, 3, -100], [-100, 6, -100]]

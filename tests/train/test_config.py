@@ -1,0 +1,120 @@
+"""Settings of a run: what is refused, what a resumed run may change, what recipes hold."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longgen.errors import UsageError
+from longgen.train.config import ExtendConfig, read_recipe
+
+FIELDS: dict[str, Any] = {
+    "model": "base",
+    "out": "out",
+    "context": 1000,
+    "data": ["text"],
+    "layers": "SFS",
+    "pattern": {"block_size": 64},
+}
+
+
+def config(**changes: Any) -> ExtendConfig:
+    return ExtendConfig(**{**FIELDS, **changes})
+
+
+def test_a_step_has_by_default_as_many_whole_sequences_as_131072_tokens_hold() -> None:
+    assert config().batch_tokens == 131000 and config().sequences_per_step == 131
+    assert config(context=131072).sequences_per_step == 1
+    assert config(context=500_000).batch_tokens == 500_000
+    assert config(steps=7, batch_tokens=4000).num_sequences == 28
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"context": 1}, "context is 1; give at least 2"),
+        ({"context": 0}, "context is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": "many"}, "steps is 'many'; give a whole number"),
+        ({"steps": 2.5}, "steps is 2.5; give a whole number"),
+        ({"steps": True}, "steps is True; give a whole number"),
+        ({"save_steps": 0}, "save_steps is 0"),
+        ({"seed": -1}, "seed is -1; give at least 0"),
+        ({"heldout_tokens": 0}, "heldout_tokens is 0"),
+        ({"recall_records": 0}, "recall_records is 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        (
+            {"batch_tokens": 1500},
+            r"batch_tokens is 1,500; give a multiple of the context \(1,000\)",
+        ),
+        ({"batch_tokens": 0}, "batch_tokens is 0"),
+        ({"learning_rate": 0}, "learning_rate is 0; give a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"recall_share": 1.5}, "recall_share is 1.5; give a number from 0 to 1"),
+        ({"compile": "yes"}, "compile is 'yes'; give auto, on or off"),
+        ({"strict": "yes"}, "strict is 'yes'; give true or false"),
+        ({"data": "text"}, "data is 'text'; give a list of paths"),
+        ({"data": []}, "No data were given"),
+        ({"model": 3}, "model is 3; give text"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        config(**changes)
+
+
+def test_whole_numbers_will_do_for_others() -> None:
+    assert config(learning_rate=1, rope_theta=500000).rope_theta == 500000
+
+
+def test_settings_survive_their_record() -> None:
+    first = config(data=[Path("a"), "b"], rope_theta=1e6)
+    assert first.data == ("a", "b")
+    assert ExtendConfig(**first.to_dict()) == first
+    assert first.differences(first.to_dict()) == []
+    later = first.with_(out="elsewhere", save_steps=5, log_steps=1, force=True, compile="off")
+    assert later.differences(first.to_dict()) == []
+    assert first.with_(steps=3, layers="FFF").differences(first.to_dict()) == [
+        "layers was 'SFS' and is now 'FFF'",
+        "steps was 100 and is now 3",
+    ]
+
+
+def recipe(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_holds_any_option_spelled_either_way(tmp_path: Path) -> None:
+    path = recipe(tmp_path, 'batch-tokens = 4096\nfull_layers = "middle"\ndata = ["a"]\nout = "b"')
+    assert read_recipe(path) == {
+        "batch_tokens": 4096,
+        "full_layers": "middle",
+        "data": ["a"],
+        "out": "b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps = ", "is not TOML"),
+        ("steps = 3\ncolour = 1\nshape = 2", "has colour, shape, which are no option"),
+        ('layers = "SFS"', "has layers, which is no option"),
+    ],
+)
+def test_a_recipe_with_anything_else_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        read_recipe(recipe(tmp_path, text))
+
+
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        read_recipe(tmp_path / "none.toml")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_recipe(tmp_path)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="is not TOML"):
+        read_recipe(tmp_path / "binary.toml")
