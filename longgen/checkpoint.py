@@ -27,6 +27,21 @@ _STAGING = ".partial"
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
+def find_config(path: str | Path) -> Path:
+    """Return the config.json of the checkpoint in a folder.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    file = Path(path) / CONFIG
+    if not file.is_file():
+        raise UsageError(
+            f"There is no checkpoint in {path}: {CONFIG} is missing. Give the folder of a "
+            "Hugging Face checkpoint (download one with `hf download NAME --local-dir FOLDER`)."
+        )
+    return file
+
+
 def read_config(path: str | Path) -> Any:
     """Read a checkpoint's config and check that it is of a family that LongGen knows.
 
@@ -38,24 +53,17 @@ def read_config(path: str | Path) -> Any:
 
     from longgen.hf import FAMILIES
 
-    folder = Path(path)
-    if not (folder / CONFIG).is_file():
-        raise UsageError(
-            f"There is no checkpoint in {folder}: {CONFIG} is missing. Give the folder of a "
-            "Hugging Face checkpoint (download one with `hf download NAME --local-dir FOLDER`)."
-        )
+    file = find_config(path)
     try:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"))
         model_type = fields.get("model_type")
     except (ValueError, AttributeError) as error:
-        raise UsageError(
-            f"{folder / CONFIG} is not the JSON of a model config ({error})."
-        ) from None
+        raise UsageError(f"{file} is not the JSON of a model config ({error}).") from None
     if str(model_type).removeprefix(HYBRID_PREFIX) not in FAMILIES:
         raise UsageError(
-            f"{folder} holds a {model_type!r} model; LongGen works with {', '.join(FAMILIES)}."
+            f"{path} holds a {model_type!r} model; LongGen works with {', '.join(FAMILIES)}."
         )
-    return AutoConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(path)
 
 
 def check_weights(path: str | Path) -> None:
@@ -122,9 +130,9 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=attn_implementation
-    )
+    # Passing None would override what config.json asks for instead of refusing it.
+    chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **chosen)
     return model.to(device).eval()
 
 
@@ -135,6 +143,8 @@ def load_tokenizer(path: str | Path) -> Any:
         UsageError: if it has none.
     """
     from transformers import AutoTokenizer
+
+    import longgen.hf  # noqa: F401 (registers the model types, by which tokenizers are found)
 
     try:
         return AutoTokenizer.from_pretrained(path)

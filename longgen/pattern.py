@@ -162,8 +162,15 @@ class SparsePattern:
         return self.local_blocks >= _EVERY_BLOCK
 
     def covers(self, length: int) -> bool:
-        """Whether a document of `length` tokens sees no difference to full causal attention."""
-        return self.is_full or (length - 1) // self.block_size < self.local_blocks
+        """Whether a document of `length` tokens sees no difference to full causal attention.
+
+        It is so if the last query sees everything: what an earlier one misses, no later one sees.
+        """
+        everything = ((0, length),)
+        return length < 1 or all(
+            self.key_ranges(length - 1, length, head) == everything
+            for head in range(self.num_head_classes)
+        )
 
     @property
     def num_head_classes(self) -> int:

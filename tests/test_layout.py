@@ -311,6 +311,22 @@ def test_a_step_of_decoding_needs_no_mask() -> None:
     assert not Layout.causal(2).sees_everything(SparsePattern.full())
 
 
+def test_each_head_is_held_to_its_own_pattern() -> None:
+    """Caches of a shifted stride hold other tokens in each head, and no head needs a mask."""
+    pattern = SparsePattern.block_sparse(block_size=4, stride_blocks=4)
+    own = contiguous(1, 66)
+
+    def decoding(*heads: int) -> Layout:
+        return Layout((own,), (tuple(cached(pattern, 66, 0, head) + own for head in heads),))
+
+    assert len({axis_length(axis) for axis in decoding(1, 2, 3, 4).keys[0]}) == 1
+    assert len(set(decoding(1, 2, 3, 4).keys[0])) == 4
+    assert decoding(1, 2, 3, 4).sees_everything(pattern, head_offset=1)
+    assert decoding(1, 2, 3, 4).sees_everything(pattern, head_offset=5)
+    assert not decoding(1, 2, 3, 4).sees_everything(pattern, head_offset=0)
+    assert not decoding(1, 3, 2, 4).sees_everything(pattern, head_offset=1)
+
+
 def test_heads_that_share_keys_but_not_a_pattern_need_a_mask() -> None:
     pattern = SparsePattern.block_sparse(block_size=4, stride_blocks=4)
     keys = tuple(Run(0, a, b - a) for a, b in pattern.key_ranges(50, 51, head=0))

@@ -14,14 +14,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 logger = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=8)
-def _backends(device: torch.device, dtype: torch.dtype) -> tuple[SDPBackend, ...]:
+@lru_cache(maxsize=16)
+def _backends(device: torch.device, dtype: torch.dtype, is_causal: bool) -> tuple[SDPBackend, ...]:
     """Return the fused backends to try, fastest first; none of them materialises a mask."""
     major = torch.cuda.get_device_capability(device)[0]
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     if dtype == torch.float32:
         order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    elif major >= 9:
+    elif major >= 9 and is_causal:
+        # Not for single queries against a growing cache: cuDNN plans anew for every new length.
         order.insert(0, SDPBackend.CUDNN_ATTENTION)
     logger.info(
         "dense attention on %s: %s",
@@ -31,10 +32,10 @@ def _backends(device: torch.device, dtype: torch.dtype) -> tuple[SDPBackend, ...
     return tuple(order)
 
 
-def _kernel(q: torch.Tensor) -> AbstractContextManager[None]:
+def _kernel(q: torch.Tensor, is_causal: bool) -> AbstractContextManager[None]:
     if q.device.type != "cuda":
         return nullcontext()
-    return sdpa_kernel(list(_backends(q.device, q.dtype)), set_priority=True)
+    return sdpa_kernel(list(_backends(q.device, q.dtype, is_causal)), set_priority=True)
 
 
 def dense_attention(
@@ -58,8 +59,9 @@ def dense_attention(
         # The only fused fp32 kernel has no grouped heads.
         kh, vh = (x.repeat_interleave(group, 1) for x in (kh, vh))
         group = 1
-    with _kernel(q):
+    is_causal = is_causal and q.shape[1] > 1
+    with _kernel(q, is_causal):
         out = F.scaled_dot_product_attention(
-            qh, kh, vh, is_causal=is_causal and q.shape[1] > 1, scale=scale, enable_gqa=group > 1
+            qh, kh, vh, is_causal=is_causal, scale=scale, enable_gqa=group > 1
         )
     return out.transpose(1, 2)

@@ -19,7 +19,9 @@ from longgen.cli.models import (
     FolderArgument,
     check_dtype,
     checkpoint_shape,
-    load,
+    find_device,
+    open_model,
+    open_tokenizer,
     progress_lines,
 )
 from longgen.cli.options import JsonOption, parse_tokens
@@ -115,27 +117,35 @@ def evaluate(
 
     import numpy as np
 
-    from longgen.evaluate.run import default_lengths, evaluate_model, tokenize_text
+    from longgen.evaluate.run import default_lengths, evaluate_model, tokenize_text, usable_text
 
     chosen = chosen or default_lengths(shape.max_position_embeddings)
-    hybrid, tokenizer = load(model, device, dtype)
+    place = find_device(device)
+    tokenizer = open_tokenizer(model)
     tokens = tokenize_text(text, tokenizer, max(chosen)) if text else np.load(heldout)
-    rows = evaluate_model(
-        hybrid,
-        tokenizer,
-        tokens,
-        folder,
-        model_name=Path(model).resolve().name,
-        lengths=chosen,
-        num_depths=depths,
-        samples=samples,
-        seed=seed,
-        repeat_text=repeat_text,
-        only=wanted,
-        original_context=_original_context(model, shape),
-        command=shlex.join(["longgen", *sys.argv[1:]]),
-        say=progress_lines(),
-    )
+    # Refused here before a model is loaded that may be large.
+    usable_text(tokens, tokenizer, chosen, only=wanted, repeat=repeat_text)
+    say = progress_lines()
+    try:
+        rows = evaluate_model(
+            open_model(model, place, dtype),
+            tokenizer,
+            tokens,
+            folder,
+            model_name=Path(model).resolve().name,
+            lengths=chosen,
+            num_depths=depths,
+            samples=samples,
+            seed=seed,
+            repeat_text=repeat_text,
+            only=wanted,
+            original_context=_original_context(model, shape),
+            command=shlex.join(["longgen", *sys.argv[1:]]),
+            say=say,
+        )
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        raise
     if json:
         print_json({"model": model, "folder": str(folder), "lengths": list(chosen), "rows": rows})
     else:

@@ -16,7 +16,9 @@ from longgen.cli.models import (
     FolderArgument,
     check_dtype,
     checkpoint_shape,
-    load,
+    find_device,
+    open_model,
+    open_tokenizer,
     progress_lines,
 )
 from longgen.cli.options import JsonOption, parse_tokens
@@ -104,10 +106,11 @@ def generate(
     given = [name for name, value in (("--top-p", top_p), ("--top-k", top_k)) if value is not None]
     if given and not temperature:
         raise UsageError(
-            f"{' and '.join(given)} mean nothing at --temperature 0, which always takes the "
+            f"{' and '.join(given)} changes nothing at --temperature 0, which always takes the "
             "likeliest token. Give a temperature above 0."
         )
-    loaded, tokenizer = load(model, device, dtype)
+    place = find_device(device)
+    tokenizer = open_tokenizer(model)
     ids = _encode(tokenizer, text, chat, model)
     room = shape.max_position_embeddings - len(ids)
     if room < 1:
@@ -122,6 +125,7 @@ def generate(
 
     from longgen.generate import Sampling, generate_text
 
+    loaded = open_model(model, place, dtype)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     figures = generate_text(
         loaded,

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from longgen.checkpoint import find_config, load_model, load_tokenizer
 from longgen.errors import UsageError
 from longgen.shapes import SHAPES, ModelShape, load_shape
 
@@ -64,6 +65,7 @@ def checkpoint_shape(model: str) -> ModelShape:
             f"{model} names a shape for `longgen plan`, which has no weights. Give the folder of a "
             "checkpoint."
         )
+    find_config(model)
     return load_shape(model)
 
 
@@ -73,24 +75,31 @@ def check_dtype(name: str | None) -> None:
         raise UsageError(f"The dtype {name!r} is not known; give bf16, fp16, fp32 or auto.")
 
 
-def load(folder: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
-    """Return the model and the tokenizer in a folder, ready for inference.
+def open_tokenizer(folder: str) -> Any:
+    """Return the tokenizer in a folder, before its model is loaded."""
+    quiet_libraries()
+    return load_tokenizer(folder)
+
+
+def open_model(folder: str, device: torch.device, dtype: str | None) -> Any:
+    """Return the model in a folder, ready for inference.
 
     Raises:
-        UsageError: if the checkpoint is not whole or unknown, or there is no such device.
+        UsageError: if the checkpoint is not whole or its architecture not known.
     """
     import torch
 
-    from longgen.checkpoint import load_model, load_tokenizer
-
-    place = _device(device)
-    precision = getattr(torch, _DTYPES[dtype]) if dtype in _DTYPES else dtype
     quiet_libraries()
-    tokenizer = load_tokenizer(folder)
-    return load_model(folder, dtype=precision, device=place), tokenizer
+    precision = getattr(torch, _DTYPES[dtype]) if dtype in _DTYPES else dtype
+    return load_model(folder, dtype=precision, device=device)
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """Return the device of a name, by default the first GPU if there is one.
+
+    Raises:
+        UsageError: if it is not known, or not there.
+    """
     import torch
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0

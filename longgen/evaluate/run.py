@@ -96,8 +96,7 @@ def evaluate_model(
             f"There is no {', '.join(unknown) or 'metric'} to evaluate; choose from "
             f"{', '.join(METRICS)}."
         )
-    text = np.asarray(heldout)
-    text = text[~np.isin(text, tokenizer.all_special_ids)]
+    text, longest = usable_text(heldout, tokenizer, lengths, loss_context, only, repeat_text)
     task = NeedleTask(
         lengths=tuple(sorted(set(lengths))),
         num_depths=num_depths,
@@ -105,9 +104,6 @@ def evaluate_model(
         seed=seed,
         wrap_haystack=repeat_text,
     )
-    if loss_context is None:
-        loss_context = max((n for n in lengths if n < len(text)), default=max(lengths))
-    _check_text(len(text), task, loss_context, only)
     saved = SavedResults(
         Path(out),
         model,
@@ -120,14 +116,14 @@ def evaluate_model(
     )
     wanted = {
         "needle": set(lengths),
-        "loss": {loss_context},
+        "loss": {longest},
         "cost": set(cost_lengths or lengths),
     }
     if "needle" in only:
         _needle(model, tokenizer, text, task, saved)
     if "loss" in only:
         bos = _leading_bos(tokenizer)
-        _loss(model, text, loss_context, loss_windows, bos, saved)
+        _loss(model, text, longest, loss_windows, bos, saved)
     if "cost" in only:
         _cost(model, sorted(wanted["cost"]), saved)
     try:
@@ -158,6 +154,36 @@ def default_lengths(context: int) -> tuple[int, ...]:
     return (*lengths, context)
 
 
+def usable_text(
+    heldout: Tokens,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    loss_context: int | None = None,
+    only: Sequence[str] = METRICS,
+    repeat: bool = False,
+) -> tuple[np.ndarray, int]:
+    """Return text [tokens] without special tokens, and the window to take the loss over.
+
+    Arguments are those of `evaluate_model`.
+
+    Raises:
+        UsageError: if the text is too short for what is asked.
+    """
+    text = np.asarray(heldout)
+    text = text[~np.isin(text, tokenizer.all_special_ids)]
+    longest = loss_context or max((n for n in lengths if n < len(text)), default=max(lengths))
+    if "needle" in only:
+        task = NeedleTask(lengths=tuple(sorted(set(lengths))), wrap_haystack=repeat)
+        for length in task.lengths:
+            task.check_haystack(len(text), length)
+    if "loss" in only and len(text) <= longest:
+        raise UsageError(
+            f"The held-out text has {len(text):,} tokens; loss by position over {longest:,} needs "
+            f"{longest + 1:,}. Give more text, ask for shorter lengths, or leave the loss out."
+        )
+    return text, longest
+
+
 def tokenize_text(
     paths: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> np.ndarray:
@@ -180,17 +206,6 @@ def tokenize_text(
         if len(ids) > MOST_WINDOWS * longest:
             break
     return np.asarray(ids)
-
-
-def _check_text(size: int, task: NeedleTask, loss_context: int, only: Sequence[str]) -> None:
-    if "needle" in only:
-        for length in task.lengths:
-            task.check_haystack(size, length)
-    if "loss" in only and size <= loss_context:
-        raise UsageError(
-            f"The held-out text has {size:,} tokens; loss by position over {loss_context:,} needs "
-            f"{loss_context + 1:,}. Give more text, ask for shorter lengths, or leave the loss out."
-        )
 
 
 def _needle(

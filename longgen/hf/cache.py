@@ -240,6 +240,18 @@ class HybridCache(Cache):
             )
         self.rows.paddings = new
 
+    def reset(self) -> None:
+        """Forget everything, padding included."""
+        super().reset()
+        self.rows.paddings = (0,)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse, before any layer gives tokens up: see `SparseLayer.crop`."""
+        for layer in self.layers:
+            if isinstance(layer, SparseLayer):
+                layer.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def _spread(self, batch_size: int) -> tuple[int, ...]:
         paddings = self.rows.paddings
         return paddings * batch_size if len(paddings) == 1 else paddings
@@ -249,6 +261,7 @@ class HybridCache(Cache):
         super().reorder_cache(beam_idx)
         paddings = self._spread(len(beam_idx))
         self.rows.paddings = tuple(paddings[i] for i in beam_idx.tolist())
+        self._trim()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row `repeats` times."""
@@ -260,6 +273,18 @@ class HybridCache(Cache):
         super().batch_select_indices(indices)
         if len(self.rows.paddings) > 1:
             self.rows.paddings = tuple(np.array(self.rows.paddings)[indices.cpu().numpy()].tolist())
+            self._trim()
+
+    def _trim(self) -> None:
+        """Give up the columns that only rows which are gone had filled."""
+        paddings = _distinct(self.rows.paddings)
+        for layer in self.layers:
+            if not isinstance(layer, SparseLayer) or layer.keys is None or layer.values is None:
+                continue
+            held = _held(layer.pattern, layer.seen, paddings, layer.keys.shape[1])
+            columns = slice(axis_length(held[0][0]))
+            layer.keys = layer.keys[:, :, columns].contiguous()
+            layer.values = layer.values[:, :, columns].contiguous()
 
 
 def cache_bytes(past_key_values: Cache) -> int:

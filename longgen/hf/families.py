@@ -30,7 +30,7 @@ FAMILIES = {
     "qwen3": ("Qwen3", True),
 }
 
-_STUB = '''"""Lets this checkpoint load with trust_remote_code=True; the code is `pip install longgen`."""
+_STUB = '''"""Lets this checkpoint load with trust_remote_code=True, given `pip install longgen`."""
 
 from longgen.hf import {names}
 
@@ -66,6 +66,29 @@ class HybridConfigMixin:
             (Path(save_directory) / f"{module}.py").write_text(stub, encoding="utf-8")
 
 
+def _check_plan(config: Any) -> None:
+    """Refuse a config whose plan cannot be what its checkpoint was trained with."""
+    if config.layer_types is None or config.longgen is None:
+        missing, other = ("layer_types", "longgen")[:: 1 if config.layer_types is None else -1]
+        raise UsageError(
+            f"The config has {other} but no {missing}; a hybrid needs both. Take the config.json "
+            "that the checkpoint was saved with."
+        )
+    if set(config.longgen) != {"pattern"} or not isinstance(config.longgen["pattern"], dict):
+        raise UsageError(
+            f"The config's longgen entry is {config.longgen!r}; this version knows "
+            '{"pattern": {...}} alone. Update longgen, or take the config.json that the checkpoint '
+            "was saved with."
+        )
+    SparsePattern.from_dict(config.longgen["pattern"])
+    LayerPlan.from_layer_types(config.layer_types, SparsePattern())
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise UsageError(
+            f"The config lists {len(config.layer_types)} layer_types for "
+            f"{config.num_hidden_layers} layers."
+        )
+
+
 @lru_cache(maxsize=64)
 def _layer_plan(layer_types: tuple[str, ...], pattern: tuple[tuple[str, int], ...]) -> LayerPlan:
     return LayerPlan.from_layer_types(layer_types, SparsePattern.from_dict(dict(pattern)))
@@ -82,27 +105,22 @@ def _make(base_type: str) -> tuple[type, type, type]:
         # transformers does not store the attention in a checkpoint; without this it would come back
         # as dense sdpa.
         kwargs.setdefault("attn_implementation", "longgen")
-        plan = None
-        if self.layer_types is None:
+        if self.layer_types is None and self.longgen is None:
             plan = LayerPlan.build(self.num_hidden_layers)
             self.layer_types = plan.layer_types
-        if self.longgen is None:
-            self.longgen = {"pattern": (plan.pattern if plan else SparsePattern()).to_dict()}
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise UsageError(
-                f"The config lists {len(self.layer_types)} layer_types for "
-                f"{self.num_hidden_layers} layers."
-            )
+            self.longgen = {"pattern": plan.pattern.to_dict()}
+        _check_plan(self)
         if getattr(self, "sliding_window", None) is not None:
             self.sliding_window = None
         if hasattr(self, "use_sliding_window"):
             self.use_sliding_window = False
+        base_config.__post_init__(self, **kwargs)
+        # After it, since a checkpoint from a repository brings a map that names that repository.
         self.auto_map = {
             "AutoConfig": f"configuration_longgen.{name}Config",
             "AutoModel": f"modeling_longgen.{name}Model",
             "AutoModelForCausalLM": f"modeling_longgen.{name}ForCausalLM",
         }
-        base_config.__post_init__(self, **kwargs)
 
     config_class: Any = strict(
         type(

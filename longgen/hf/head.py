@@ -34,20 +34,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         chunk: int,
+        with_grad: bool,
     ) -> torch.Tensor:
         # Autocast is applied by hand: inside it every chunk would cast the whole weight again.
         dtype = _compute_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             h, w = hidden.to(dtype), weight.to(dtype)
-            needs = ctx.needs_input_grad
+            needs = [with_grad and needed for needed in ctx.needs_input_grad]
             grad_hidden = torch.empty_like(h) if needs[0] else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-            grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None  # type: ignore[arg-type]
             total = hidden.new_zeros((), dtype=torch.float32)
             for start in range(0, len(h), chunk):
                 rows = slice(start, start + chunk)
                 valid = targets[rows] != IGNORE_INDEX
-                index = targets[rows].clamp(min=0)[:, None]
+                # Only -100 is left out; any other label outside the vocabulary is an error.
+                index = targets[rows].masked_fill(~valid, 0)[:, None]
                 logits = F.linear(h[rows], w).float()
                 if bias is not None:
                     logits += bias.float()
@@ -80,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_bias is None else (grad_bias * scale).to(ctx.dtypes[1]),
             None,
             None,
+            None,
         )
 
 
@@ -100,7 +103,8 @@ def linear_cross_entropy(
         chunk_tokens: rows of logits that exist at a time; None chooses about 512 MiB of them.
     """
     chunk = chunk_tokens or max(64, _CHUNK_BYTES // (4 * weight.shape[0]))
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, chunk)
+    # Inside a Function gradients are always off, so it has to be told whether they are wanted.
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, chunk, torch.is_grad_enabled())
 
 
 class LMHead(nn.Linear):

@@ -47,12 +47,32 @@ def left_paddings(attention_mask: torch.Tensor, batch_size: int, length: int) ->
     return tuple(int(start) for start in first)
 
 
-def packed_rows(position_ids: torch.Tensor) -> tuple[Axis, ...] | None:
-    """Return each row's documents if `position_ids` (B or 1, T) restart somewhere, None if every
-    row is one document."""
+def packed_rows(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> tuple[Axis, ...] | None:
+    """Return each row's documents if `position_ids` (B or 1, T) restart somewhere.
+
+    Returns None if every row is one document. Under a mask that hides padding (B, T), positions of
+    hidden tokens do not count, and restarts among the others are refused.
+    """
     rows = position_ids.detach().to("cpu").numpy()
-    if rows.ndim != 2 or ((np.diff(rows, axis=1) == 1).all() and (rows[:, :1] == 0).all()):
+    if rows.ndim != 2:
         return None
+    counts_on = np.diff(rows, axis=1) == 1
+    if counts_on.all() and (rows[:, 0] == 0).all():
+        return None
+    if attention_mask is not None:
+        visible = attention_mask.detach().to("cpu").numpy().astype(bool)
+        if visible.shape[1:] != rows.shape[1:]:
+            return None  # a mask that the paddings' check will refuse
+        if not visible.all():
+            if not (counts_on | ~visible[:, 1:] | ~visible[:, :-1]).all():
+                raise UsageError(
+                    "position_ids restart within the tokens that the attention mask shows: packed "
+                    "documents cannot be padded as well. Pack without padding, or leave "
+                    "position_ids out."
+                )
+            return None
     return tuple(from_position_ids(row) for row in rows)
 
 
@@ -61,6 +81,15 @@ class _RefusesOtherAttention:
 
     _supports_flash_attn = False
     _supports_flex_attn = False
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        # Before transformers fetches a kernel by that name.
+        check_attention_name(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(  # type: ignore[misc, no-any-return]
+            attn_implementation, *args, **kwargs
+        )
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
@@ -96,6 +125,8 @@ class HybridModelMixin(_RefusesOtherAttention):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        # The config is shared and can be written to after the model was made.
+        check_attention_name(self.config._attn_implementation)
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is None:
             raise UsageError("Give the model input_ids or inputs_embeds.")
@@ -110,8 +141,8 @@ class HybridModelMixin(_RefusesOtherAttention):
             )
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         documents = None
-        if attention_mask is None and position_ids is not None and not seen:
-            documents = packed_rows(position_ids)
+        if position_ids is not None and not seen:
+            documents = packed_rows(position_ids, attention_mask)
         if documents is not None:
             if past_key_values is not None:
                 raise UsageError(
@@ -123,7 +154,13 @@ class HybridModelMixin(_RefusesOtherAttention):
         else:
             if use_cache and past_key_values is None:
                 past_key_values = HybridCache(self.config)
-            layouts = self._layouts(attention_mask, past_key_values, batch_size, seen, length)
+            paddings = self._paddings(attention_mask, past_key_values, batch_size, seen + length)
+            layouts = self._layouts(paddings, seen, length)
+            if position_ids is None and any(paddings):
+                # transformers would count the padding; a cache must not see both ways of counting.
+                columns = torch.arange(seen, seen + length, device=tokens.device)
+                starts = torch.tensor(paddings, device=tokens.device)[:, None]
+                position_ids = (columns - starts).clamp(min=0)
         if inputs_embeds is None and torch.is_autocast_enabled(tokens.device.type):
             # With fp32 master weights the residual stream would be fp32: twice the traffic, and
             # other rounding than the bf16 model that is served in the end (and than FSDP2, which
@@ -146,20 +183,21 @@ class HybridModelMixin(_RefusesOtherAttention):
         layout = Layout.of_rows(documents)
         return LayerLayouts(self.config.layer_plan, layout, layout)
 
-    def _layouts(
+    def _paddings(
         self,
         attention_mask: torch.Tensor | None,
         cache: HybridCache | None,
         batch_size: int,
-        seen: int,
         length: int,
-    ) -> LayerLayouts:
-        if attention_mask is not None:
-            paddings = left_paddings(attention_mask, batch_size, seen + length)
-            if cache is not None:
-                cache.set_paddings(paddings)
-        else:
-            paddings = cache.paddings if cache is not None else (0,)
+    ) -> tuple[int, ...]:
+        if attention_mask is None:
+            return cache.paddings if cache is not None else (0,)
+        paddings = left_paddings(attention_mask, batch_size, length)
+        if cache is not None:
+            cache.set_paddings(paddings)
+        return paddings
+
+    def _layouts(self, paddings: tuple[int, ...], seen: int, length: int) -> LayerLayouts:
         plan = self.config.layer_plan
         heads = self.config.num_key_value_heads
         full, sparse = (
@@ -196,7 +234,6 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -208,6 +245,8 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
         are never made on the way to a loss; in evaluation mode `labels` give logits and loss as
         usual.
         """
+        # Not in the signature: the Trainer would then want both kinds of labels for an eval_loss.
+        shift_labels = kwargs.pop("shift_labels", None)
         if labels is not None and shift_labels is None and self.training:
             shift_labels = shift(labels)
         if shift_labels is None:
@@ -234,6 +273,9 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
             use_cache=use_cache,
             **kwargs,
         )
+        if type(self.lm_head) is torch.nn.Linear:
+            # resize_token_embeddings and set_output_embeddings put a plain layer in its place.
+            self.lm_head.__class__ = LMHead
         loss = self.lm_head(outputs.last_hidden_state, shift_labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,

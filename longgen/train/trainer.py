@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import statistics
@@ -112,6 +113,7 @@ class Progress(TrainerCallback):
         self._since = 0.0
         self._began = 0.0
         self._old_handler: Any = None
+        self._process = os.getpid()
 
     def count(self, position_ids: torch.Tensor) -> None:
         """Add up the tokens and model FLOPs of one batch: those of its documents, not of the packed
@@ -147,6 +149,9 @@ class Progress(TrainerCallback):
         staging.replace(self.log_path)
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A terminal sends Ctrl-C to data workers too, which have inherited this handler.
+            return
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True

@@ -190,7 +190,7 @@ def announcements(
         ),
         (
             PATTERN,
-            Layout.of_rows([contiguous(16, 7)]),
+            Layout.of_rows([contiguous(8, 7)]),
             "attention (1 sink + 2 local of 4-token blocks) on cpu: blocked",
         ),
         (

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_mask
@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_mask
 from longgen.attention import attention
 from longgen.attention.flex import TILE, block_mask
 from longgen.attention.testing import ErrorBudget, random_inputs
-from longgen.layout import Layout, axis_length, cached, padded
+from longgen.layout import Layout, axis_length, cached, contiguous, padded
 from longgen.pattern import SparsePattern
 
 LayoutMask = Callable[..., torch.Tensor]
@@ -51,10 +51,18 @@ def per_head_caches(pattern: SparsePattern, heads: int, seen: int, new: int, off
     )
 
 
+# Blocks as large as tiles, where heads and documents differ in whole tiles.
+TILED = SparsePattern.block_sparse(block_size=TILE, stride_blocks=4)
+
+
 @settings(max_examples=40)
+@example(TILED, "causal", [700], 1, 3, 3, 2)
+@example(TILED, "rows", [300, 400], 1, 3, 2, 1)
+@example(TILED, "cached", [200], 900, 3, 2, 1)
+@example(TILED, "mid_document", [500], 300, 2, 1, 3)
 @given(
     st.one_of(st.just(SparsePattern.full()), st.from_type(SparsePattern)),
-    st.sampled_from(("causal", "packed", "rows", "cached")),
+    st.sampled_from(("causal", "packed", "rows", "cached", "mid_document")),
     st.lists(st.integers(1, 130), min_size=1, max_size=3),
     st.integers(1, 200),
     st.integers(1, 3),
@@ -75,6 +83,8 @@ def test_the_block_mask_is_exact(
     total = sum(lengths)
     if kind == "causal":
         layout = Layout.causal(total, total + seen - 1)
+    elif kind == "mid_document":
+        layout = Layout.of_rows([contiguous(total, seen)])
     elif kind == "packed":
         layout = Layout.packed([0, *np.cumsum(lengths).tolist()])
     elif kind == "rows":

@@ -205,8 +205,8 @@ def test_heads_in_two_halves_equal_all_at_once(
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3])
-def test_the_scale_is_used(layout_mask: LayoutMask, scale: float) -> None:
-    pattern = SINK
+@pytest.mark.parametrize("pattern", [SINK, SparsePattern.full()])
+def test_the_scale_is_used(layout_mask: LayoutMask, pattern: SparsePattern, scale: float) -> None:
     mask = layout_mask(pattern, Layout.causal(100), 2)
     budget = ErrorBudget(random_inputs(100), mask, scale=scale)
     for impl in IMPLS:

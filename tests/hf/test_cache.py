@@ -134,6 +134,16 @@ def test_bytes_after_prefill(model: Any, tokens: Make, length: int, batch: int) 
     assert_nothing_hidden(cache)
 
 
+def test_a_window_alone_holds_no_more_than_itself(build: Make, tokens: Make) -> None:
+    """What stays is one slice, which must be copied out of the chunk that it came in."""
+    model = build(pattern=SparsePattern(block_size=4, sink_blocks=0, local_blocks=2))
+    cache = HybridCache(model.config)
+    for length in (33, 50, 51, 90):
+        model(tokens(1, length)[:, cache.get_seq_length() :], past_key_values=cache)
+        assert cache_bytes(cache) == planned_bytes(model.config, length)
+        assert_nothing_hidden(cache)
+
+
 def test_bytes_while_decoding_across_blocks(hybrid: Any, tokens: Make) -> None:
     model = hybrid.model
     cache = model(tokens(2, 30)).past_key_values

@@ -1,4 +1,4 @@
-"""The families: all-full hybrids are their base models bit for bit; checkpoints stay what they are."""
+"""The families: all-full hybrids are their base models; checkpoints stay what they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused loss: plain cross-entropy's numbers and gradients, and never a whole matrix of logits."""
+"""The fused loss: plain cross-entropy's numbers and gradients, and never the whole logits."""
 
 from __future__ import annotations
 
@@ -82,6 +82,14 @@ def test_fp64_gradients_are_the_losss_own() -> None:
         assert float((got - truth).abs().max()) <= VOCABULARY * single * float(truth.abs().max())
 
 
+def test_weight_gradients_of_many_chunks_add_up() -> None:
+    """A sum in half precision stops growing after some hundred terms; it has to be in fp32."""
+    h = torch.ones(1000, 1, dtype=torch.bfloat16)
+    w = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    linear_cross_entropy(h, w, torch.zeros(1000, dtype=torch.long), chunk_tokens=1).backward()
+    assert w.grad.tolist() == [[-500.0], [500.0]]
+
+
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_what_needs_no_gradient_gets_none(frozen: int) -> None:
     targets, *leaves = draw(torch.float32, True)
@@ -162,7 +170,7 @@ def test_whole_logits_never_exist(dtype: torch.dtype) -> None:
 def test_the_default_chunk_is_half_a_gibibyte(monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = []
 
-    def take(h: Any, w: Any, b: Any, targets: Any, chunk: int) -> torch.Tensor:
+    def take(h: Any, w: Any, b: Any, targets: Any, chunk: int, grad: bool) -> torch.Tensor:
         chunks.append(chunk)
         return h.sum()
 

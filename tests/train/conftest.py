@@ -21,6 +21,12 @@ def one_thread(two_threads: None) -> Iterator[None]:
     torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide GPUs: only on a CPU is a resumed run bound to equal the other bit for bit."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of 24 text files of uneven length, about 30,000 characters in all."""

@@ -1,6 +1,7 @@
 """The Trainer's loss and order, the progress log, and which checkpoint counts as whole."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,18 @@ def test_only_a_checkpoint_with_its_mark_is_whole(tmp_path: Path) -> None:
     newest, cut_off = newest_checkpoint(tmp_path)
     assert newest == tmp_path / "checkpoint-10"
     assert [path.name for path in cut_off] == ["checkpoint-100", "checkpoint-20"]
+
+
+def test_data_workers_leave_ctrl_c_to_the_run(
+    progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A terminal sends it to every process, and workers inherit the handler.
+    with monkeypatch.context() as patch:
+        patch.setattr("longgen.train.trainer.os.getpid", lambda: -1)
+        progress._interrupt(signal.SIGINT, None)
+    assert not progress.interrupted
+    progress._interrupt(signal.SIGINT, None)
+    assert progress.interrupted
 
 
 def test_medians_leave_out_the_first_step(progress: Progress) -> None:

@@ -1,0 +1,140 @@
+"""What an evaluation measures by default, and which figures it may take over."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from longgen.errors import UsageError
+from longgen.evaluate import run as run_module
+from longgen.evaluate.cost import Cost
+from longgen.evaluate.results import read_results
+from longgen.evaluate.run import (
+    default_lengths,
+    evaluate_model,
+    tokenize_text,
+    usable_text,
+    variant_of,
+)
+from longgen.evaluate.saved import fingerprint
+from longgen.hf import LongGenLlamaConfig
+from longgen.pattern import SparsePattern
+
+TEXT = np.random.default_rng(0).integers(5, 600, 2000)
+
+
+@pytest.mark.parametrize(
+    ("context", "lengths"),
+    [
+        (32768, (4096, 8192, 16384, 32768)),
+        (131072, (4096, 8192, 16384, 32768, 65536, 131072)),
+        (8192, (1024, 2048, 4096, 8192)),
+        (40960, (4096, 8192, 16384, 32768, 40960)),
+        (1000, (64, 128, 256, 512, 1000)),
+        (4, (1, 2, 4)),
+    ],
+)
+def test_lengths_double_up_to_the_context(context: int, lengths: tuple[int, ...]) -> None:
+    assert default_lengths(context) == lengths
+
+
+@pytest.mark.parametrize(
+    ("layers", "name"), [("SFS", "hybrid"), ("FFF", "full"), ("SSS", "sparse")]
+)
+def test_variants_are_told_by_their_layers(layers: str, name: str) -> None:
+    kinds = {"S": "longgen_sparse", "F": "full_attention"}
+    config = LongGenLlamaConfig(
+        num_hidden_layers=3,
+        layer_types=[kinds[letter] for letter in layers],
+        longgen={"pattern": SparsePattern().to_dict()},
+    )
+    assert variant_of(config) == name
+    assert variant_of(LlamaConfig()) == "original"
+
+
+def test_a_fingerprint_changes_with_weights_and_config_alone(model: LlamaForCausalLM) -> None:
+    first = fingerprint(model)
+    assert fingerprint(model) == first
+    assert fingerprint(LlamaForCausalLM(model.config)) != first
+    weight = model.model.layers[1].mlp.up_proj.weight.data
+    kept = weight[3, 4].clone()
+    weight[3, 4] = torch.nextafter(kept, torch.tensor(torch.inf))
+    assert fingerprint(model) != first
+    weight[3, 4] = kept
+    model.config.rope_parameters["rope_theta"] += 1
+    assert fingerprint(model) != first
+    model.config.rope_parameters["rope_theta"] -= 1
+    assert fingerprint(model) == first
+    assert fingerprint(model.bfloat16()) != first
+    model.float()
+
+
+def test_text_is_read_until_there_is_enough(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 1000)
+    whole = tokenize_text([tmp_path], tokenizer, 10_000)
+    assert tokenizer.decode(whole) == "".join(f"{name} " * 1000 for name in "abc")
+    assert len(tokenize_text([tmp_path], tokenizer, 10)) < len(whole) / 2
+
+
+def test_text_loses_its_special_tokens_and_has_to_last(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = [7, tokenizer.bos_token_id, 8, 9] * 50
+    text, longest = usable_text(ids, tokenizer, (100, 149, 150), only=("loss",))
+    assert text.tolist() == [7, 8, 9] * 50 and longest == 149
+    with pytest.raises(UsageError, match="151 needs 151"):
+        usable_text(ids, tokenizer, (151,), only=("needle",))
+    assert usable_text(ids, tokenizer, (151,), only=("needle",), repeat=True)[1] == 151
+    with pytest.raises(UsageError, match="150 needs 151"):
+        usable_text(ids, tokenizer, (100,), loss_context=150, only=("loss",))
+
+
+def test_only_known_things_are_measured(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    for only in ((), ("needle", "taste")):
+        with pytest.raises(UsageError, match="choose from needle, loss, cost"):
+            evaluate_model(model, tokenizer, TEXT, tmp_path, lengths=(128,), only=only)
+    assert not any(tmp_path.iterdir())
+
+
+def test_lengths_that_did_not_fit_are_tried_again(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measure, tried = run_module.measure_cost, []
+
+    def measured(model: Any, lengths: list[int], **kwargs: Any) -> list[Cost]:
+        tried.append(lengths[0])
+        if lengths[0] >= limit:
+            return [Cost(length=lengths[0], prefill_chunk=8192, error="Out of memory.")]
+        return measure(model, lengths, **kwargs)
+
+    monkeypatch.setattr(run_module, "measure_cost", measured)
+    monkeypatch.setattr(run_module, "REPEATS", 1)
+
+    def call() -> list[dict[str, Any]]:
+        lines: list[str] = []
+        lengths, only = (8, 16, 32), ("cost",)
+        return evaluate_model(
+            model, tokenizer, TEXT, tmp_path, lengths=lengths, only=only, say=lines.append
+        )
+
+    limit = 16
+    rows = call()
+    assert tried == [8, 16]
+    errors = {row["length"]: row.get("error") for row in rows}
+    assert errors[8] is None and errors[16] == "Out of memory."
+    assert errors[32] == "Not tried: 16 tokens did not fit already."
+    limit = 1000
+    rows = call()
+    assert tried == [8, 16, 16, 32]
+    assert all(row["value"] is not None for row in rows) and len(rows) == 9
+    saved: Any = read_results(tmp_path / "cost.json")["rows"]
+    assert saved == rows
