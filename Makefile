@@ -29,7 +29,7 @@ demo-twins: ## train the demo's full-attention and all-sparse twins and compare 
 
 test: ## run the tests that need no GPU
 	$(SETUP) dev
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: ## run the tests that need an NVIDIA GPU
 	$(SETUP) train,test

@@ -51,13 +51,13 @@ def base_checkpoint(out: Path, chosen: DemoSettings) -> Path:
 
 def extended(base: Path, out: Path, chosen: DemoSettings, full_layers: str) -> dict[str, Any]:
     """Train one model, or go on with it, or take it as it is if it is finished."""
-    record = out / RECORD
-    if not record.is_file():
+    # config.json is moved into place last, so with it the model is whole.
+    if not (out / "config.json").is_file():
         begun = (training_folder(out) / "run.json").is_file()
         made = extend(chosen.extension(base, out, full_layers), resume=begun, say=say)
         if not made["finished"]:
             raise KeyboardInterrupt
-    found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((out / RECORD).read_text(encoding="utf-8"))
     return found
 
 

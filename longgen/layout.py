@@ -106,6 +106,18 @@ class Layout:
     queries: tuple[Axis, ...]
     keys: tuple[tuple[Axis, ...], ...]
 
+    def __post_init__(self) -> None:
+        rows = {len(self.queries), len(self.keys)} - {1}
+        heads = {len(row) for row in self.keys}
+        queries = {axis_length(axis) for axis in self.queries}
+        keys = {axis_length(axis) for row in self.keys for axis in row}
+        if len(rows) > 1 or any(len(found) != 1 for found in (heads, queries, keys)):
+            raise UsageError(
+                f"A layout has {len(self.queries)} rows of {sorted(queries)} queries and "
+                f"{len(self.keys)} rows of {sorted(heads)} heads with {sorted(keys)} keys; rows "
+                "and heads must be as long as each other. Fill the shorter ones with padding."
+            )
+
     @classmethod
     def causal(cls, num_queries: int, num_keys: int | None = None) -> Layout:
         """Return the layout of one unpadded document whose last `num_queries` of `num_keys` tokens

@@ -27,10 +27,10 @@ class SparsePattern:
 
     With block size B, query block i = q // B, key block j = k // B and key/value head h:
 
-        visible(q, k, h)  <=>  k <= q  and  ( j < sink_blocks
-                                           or  i - j < local_blocks
-                                           or  (stride_blocks and (j + h * head_shift) %
-                                           stride_blocks == 0) )
+        visible(q, k, h)  <=>  k <= q  and
+            ( j < sink_blocks
+              or  i - j < local_blocks
+              or  (stride_blocks and (j + h * head_shift) % stride_blocks == 0) )
 
     Blocks are counted from the start of the document, so a key that drops out of sight never comes
     back. That is what lets a cache free it.
@@ -67,9 +67,6 @@ class SparsePattern:
                 f"head_shift is {self.head_shift} but stride_blocks is 0: only strided blocks move "
                 "from head to head. Set stride_blocks or leave head_shift at 0."
             )
-
-    # ------------------------------------------------------------------ presets and
-    # (de)serialisation
 
     @classmethod
     def attention_sink(
@@ -135,8 +132,6 @@ class SparsePattern:
             parts.append(f"every {self.stride_blocks}th{shift}")
         return f"{' + '.join(parts)} of {self.block_size}-token blocks"
 
-    # ------------------------------------------------------------------ the rule
-
     def visible(self, q: Any, k: Any, head: Any = 0) -> Any:
         """Say whether query position `q` sees key position `k` in key/value head `head`.
 
@@ -150,11 +145,10 @@ class SparsePattern:
         if self.sink_blocks:
             seen = seen | (j < self.sink_blocks)
         if self.stride_blocks:
-            seen = seen | ((j + head * self.head_shift) % self.stride_blocks == 0)
+            # Reduced first: a large shift must not overflow in 32-bit kernels.
+            shift = self.head_shift % self.stride_blocks
+            seen = seen | ((j + head * shift) % self.stride_blocks == 0)
         return (k <= q) & seen
-
-    # ------------------------------------------------------------------ facts derived in closed
-    # form
 
     @property
     def is_full(self) -> bool:

@@ -103,9 +103,9 @@ def layout_mask() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    """Hold PyTorch to two threads, so that timings and sums do not depend on the machine's size."""
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    """Hold PyTorch to one thread a test process: the tests' tensors are too small to share out."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -239,7 +239,7 @@ def test_rows_are_shared_where_they_are_equal() -> None:
         (Layout.of_rows([padded(7, 0, 1), padded(7, 0, 0)]), False),
         (Layout((contiguous(7),), ((contiguous(7), contiguous(7)),)), False),
         (Layout((contiguous(7, 1),), ((contiguous(7),),)), False),
-        (Layout((contiguous(7),), ((Run(1, 0, 7),),)), False),
+        (Layout((contiguous(7),), (((Run(1, 0, 7),),),)), False),
     ],
 )
 def test_plain_training_is_told_apart(layout: Layout, causal: bool) -> None:

@@ -77,11 +77,13 @@ def attention(
     if impl == "auto":
         impl = _choose(pattern, layout, q.shape[1], q.device.type, head_offset)
         _announce(impl, pattern, q)
-    if impl.startswith("dense"):
-        return dense_attention(q, k, v, is_causal=impl == "dense_causal", scale=scale)
-    return _MASKED[impl](
-        q, k, v, pattern=pattern, layout=layout, scale=scale, head_offset=head_offset
-    )
+    # Autocast would compute fp32 inputs, the reference's too, in half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        if impl.startswith("dense"):
+            return dense_attention(q, k, v, is_causal=impl == "dense_causal", scale=scale)
+        return _MASKED[impl](
+            q, k, v, pattern=pattern, layout=layout, scale=scale, head_offset=head_offset
+        )
 
 
 @lru_cache(maxsize=256)

@@ -105,6 +105,16 @@ def blocked_attention(
     head_offset: int = 0,
 ) -> torch.Tensor:
     """Compute attention of q (B, T, H, D) over k, v (B, S, Hkv, D); returns (B, T, H, D)."""
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        # PyTorch's CPU kernel adds key and value gradients up in the inputs' own precision.
+        out = blocked_attention(
+            *(x.float() for x in (q, k, v)),
+            pattern=pattern,
+            layout=layout,
+            scale=scale,
+            head_offset=head_offset,
+        )
+        return out.to(q.dtype)
     qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
     num_key_heads = kh.shape[1]
     group = qh.shape[1] // num_key_heads

@@ -27,7 +27,8 @@ def _compiled() -> Callable[..., torch.Tensor]:
     torch._dynamo.config.accumulated_recompile_limit = max(
         torch._dynamo.config.accumulated_recompile_limit, 1024
     )
-    return torch.compile(flex_attention, dynamic=False)
+    # fullgraph: past the limit it raises instead of running that path.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _mask_mod(

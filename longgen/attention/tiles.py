@@ -83,9 +83,8 @@ def tile_lists(
         )
         residue = residue[:, None, None]
         strided = j_first + (residue - j_first) % stride
-        some = some | (
-            reachable & (strided <= j_last) & (torch.maximum(strided * size, k_first) < q_stop)
-        )
+        # A strided block that starts behind the last query does no harm: the pair is near anyway.
+        some = some | (reachable & (strided <= j_last))
         one_strided = (left_first == left_last) & (left_first % stride == residue)
         whole = whole & ((left_first > left_last) | (stride == 1) | one_strided)
     else:

@@ -243,6 +243,10 @@ class HybridCache(Cache):
     def reset(self) -> None:
         """Forget everything, padding included."""
         super().reset()
+        for layer in self.layers:
+            # Older transformers zeroes a full layer's states but leaves them at their length.
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         self.rows.paddings = (0,)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from longgen.errors import UsageError
 from longgen.hf.model import HybridCausalLMMixin, HybridModelMixin
@@ -139,7 +140,7 @@ def _make(base_type: str) -> tuple[type, type, type]:
             },
         )
     )
-    model_class = type(
+    model_class: Any = type(
         f"{name}Model",
         (HybridModelMixin, base_model),
         {
@@ -159,6 +160,9 @@ def _make(base_type: str) -> tuple[type, type, type]:
             "decoder_class": model_class,
         },
     )
+    # transformers notes what a class can record (output_hidden_states) when a model of it is built,
+    # by the name of the class; our decoders are built as the base class.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(model_class), model_class._can_record_outputs)
     AutoConfig.register(HYBRID_PREFIX + base_type, config_class)
     AutoModel.register(config_class, model_class)
     AutoModelForCausalLM.register(config_class, lm_class)

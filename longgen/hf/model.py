@@ -263,7 +263,7 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        kwargs.pop("return_dict", None)
+        kwargs["return_dict"] = True
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

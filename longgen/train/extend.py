@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import time
@@ -67,6 +68,11 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     Raises:
         UsageError: for anything that the user can put right; nothing is written then.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            f"Training runs on one GPU in this version, but {os.environ['WORLD_SIZE']} processes "
+            "were started. Run `longgen extend` without torchrun."
+        )
     base = read_config(config.model)
     refuse_hybrid(base, config.model)
     check_context(config.context, base.max_position_embeddings, config.model)
@@ -275,18 +281,11 @@ def _train(
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
     )
-    # Without torchrun the Trainer would wrap the model in DataParallel over all GPUs, which breaks
-    # packed sequences.
+    # The Trainer would wrap the model in DataParallel over all GPUs, which breaks packed sequences.
     if arguments.n_gpu > 1:
-        say(f"training on 1 of {arguments.n_gpu} GPUs; start with torchrun to use them all")
+        say(f"training on 1 of {arguments.n_gpu} GPUs")
         arguments._n_gpu = 1
-    world = arguments.world_size
-    if config.sequences_per_step % world:
-        raise UsageError(
-            f"A step has {config.sequences_per_step} sequences, which {world} GPUs cannot share "
-            "evenly; change batch_tokens."
-        )
-    arguments.gradient_accumulation_steps = config.sequences_per_step // world
+    arguments.gradient_accumulation_steps = config.sequences_per_step
     card = torch.cuda.get_device_name() if on_gpu else None
     progress = Progress(shape, plan, folder, config.log_steps, card, say)
     if checkpointing:

@@ -58,7 +58,7 @@ def test_it_writes_files_and_pictures_and_prints_a_table(
         "prefill.hybrid",
         "decode.hybrid",
     }
-    assert read_results(folder / "cost.json")["command"].startswith("longgen ")
+    assert read_results(folder / "cost.json")["command"].startswith("longgen")
     for words in ("needle at 192", "loss over 256", "cost at 256"):
         assert words in result.err
 

@@ -29,13 +29,6 @@ PLAN = ("--block-size", 16, "--local-blocks", 2)
 TINY = ("--context", 128, "--batch-tokens", 256, "--learning-rate", 1e-2, "--log-steps", 1, *PLAN)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
-
-
 @pytest.fixture
 def arguments(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> tuple[object, ...]:
     """Return a whole command of 2 steps."""

@@ -1,7 +1,5 @@
 """A tiny model and tiny tokenizers, made on the spot."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from tokenizers import (
@@ -87,15 +85,6 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", clean_up_tokenization_spaces=False
     )
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """Keep torch to one thread: on tensors this small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -24,16 +24,6 @@ SINK = SparsePattern(block_size=4, sink_blocks=1, local_blocks=2)
 STRIDED = SparsePattern(block_size=4, sink_blocks=0, local_blocks=1, stride_blocks=3, head_shift=1)
 VOCABULARY = 97
 HEAD_DIM = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: with matrices this small a second one brings nothing, and on a busy machine
-    waiting for it takes 50 times as long as the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def base_fields(layers: str, heads: int, key_value_heads: int) -> dict[str, Any]:

@@ -106,9 +106,6 @@ def test_layers_hold_what_later_queries_see(
     assert layer.get_seq_length() == cache.get_seq_length() == seen
 
 
-# ---------------------------------------------------------------------- bytes
-
-
 def planned_bytes(config: Any, length: int, batch: int = 1, paddings: Any = (0,)) -> int:
     plan, heads = config.layer_plan, config.num_key_value_heads
     kept = sum(
@@ -211,9 +208,6 @@ def test_cache_bytes_counts_whole_allocations_once() -> None:
     cache.layers[0].values = states[:, :, 1:2]
     assert cache_bytes(cache) == states.numel() * 4
     assert cache_bytes(HybridCache(LayerPlan("SF", SparsePattern()))) == 0
-
-
-# ---------------------------------------------------------------------- operations
 
 
 def test_a_pattern_that_keeps_nothing_at_block_borders(

@@ -30,9 +30,6 @@ def no_grad() -> Any:
         yield
 
 
-# ---------------------------------------------------------------------- all full = the original
-
-
 @pytest.fixture
 def twins(family: str, build: Make, build_base: Make) -> tuple[Any, Any]:
     """The family's own model, and the hybrid with its weights in which every layer is full."""
@@ -94,9 +91,6 @@ def test_a_document_inside_the_window_is_dense(
     assert torch.equal(hybrid(tokens(2, 50)).logits, base(tokens(2, 50)).logits)
 
 
-# ---------------------------------------------------------------------- classes
-
-
 def test_every_family_is_registered(family: str, config: Make) -> None:
     own = config(family)
     assert own.model_type == f"longgen_{family}" and is_hybrid(own)
@@ -132,9 +126,6 @@ def test_models_can_be_copied_and_pickled(build: Make, tokens: Make, family: str
         assert type(twin) is type(model) and type(twin.model) is type(model.model)
         assert torch.equal(twin(ids).logits, model(ids).logits)
     assert pickle.loads(pickle.dumps(model.config)).layer_plan == model.config.layer_plan
-
-
-# ---------------------------------------------------------------------- checkpoints
 
 
 @pytest.fixture

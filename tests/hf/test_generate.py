@@ -125,9 +125,6 @@ def test_the_cache_is_not_shared_between_calls(model: Any, tokens: Make) -> None
     assert torch.equal(model.generate(ids, **options()), first)
 
 
-# ---------------------------------------------------------------------- what is refused
-
-
 def test_assisted_decoding_is_refused(
     model: Any, build: Make, build_base: Make, tokens: Make
 ) -> None:

@@ -210,9 +210,6 @@ def test_a_tuple_is_given_on_request(model: Any, tokens: Make) -> None:
     assert torch.equal(model.model(ids, return_dict=False)[0], model.model(ids).last_hidden_state)
 
 
-# ---------------------------------------------------------------------- what is refused
-
-
 def test_masks_with_holes_are_refused(model: Any, tokens: Make) -> None:
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[1, 7] = 0

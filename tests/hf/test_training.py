@@ -115,6 +115,14 @@ def test_shift_labels_are_those_of_the_next_token(build: Make, tokens: Make) -> 
             assert torch.equal(out.loss, wanted) and out.logits is None
 
 
+def test_models_that_return_tuples_train(build: Make, tokens: Make) -> None:
+    model, ids = build().train(), tokens(2, 30)
+    wanted = model(ids, labels=ids).loss
+    assert torch.equal(model(ids, labels=ids, return_dict=False)[0], wanted)
+    model.config.return_dict = False
+    assert torch.equal(model(ids, labels=ids)[0], wanted)
+
+
 def test_evaluation_gives_logits_and_the_same_loss(build: Make, tokens: Make) -> None:
     model, ids = build(), tokens(2, 30)
     out = model(ids, labels=next_tokens(ids))

@@ -1,6 +1,6 @@
 """A small text to train on, and runs over it that differ in a few settings."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,6 @@ from longgen.pattern import SparsePattern
 from longgen.train.config import ExtendConfig
 
 PATTERN = SparsePattern(block_size=16, sink_blocks=1, local_blocks=2)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread(two_threads: None) -> Iterator[None]:
-    """Run on one thread: matrices this small leave a second one nothing to do but wait."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
