@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/ from benchmarks/results: python benchmarks/tables.py.
+"""Write the tables of README.md and docs/ from benchmarks/results: python -m benchmarks.tables.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the newest results file of the
 name is used. With --check nothing is written, and a table that is out of date is an error.
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stale = [page for page in PAGES if fill(ROOT / page) != (ROOT / page).read_text("utf-8")]
     for page in stale:
         if check:
-            print(f"{page} is out of date: run python benchmarks/tables.py")
+            print(f"{page} is out of date: run python -m benchmarks.tables")
         else:
             (ROOT / page).write_text(fill(ROOT / page), encoding="utf-8")
             print(f"renewed the tables of {page}")

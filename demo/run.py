@@ -174,7 +174,9 @@ def run(out: Path) -> Path:
     rows = []
     for variant, path in (("original", base), ("hybrid", out / "hybrid")):
         rows += evaluated(path, variant, out / "evaluation", heldout, chosen)
-    extra = {"training": {"hybrid": record["training"]}, "config": record["config"]}
+    places = ("model", "out", "data")
+    config = {name: value for name, value in record["config"].items() if name not in places}
+    extra = {"training": {"hybrid": record["training"]}, "config": config}
     write_results(out / "results.json", "demo", rows, command="make demo", seed=SEED, extra=extra)
     page = report(out, chosen, record, rows)
     say(f"done: {page}")
