@@ -65,6 +65,8 @@ def hybrid_config(
         rope_parameters={**base.rope_parameters, "rope_theta": theta},
         layer_types=plan.layer_types,
         longgen={"pattern": plan.pattern.to_dict()},
+        # Its kernels have none; 0 is also what every released model of these families has.
+        attention_dropout=0.0,
     )
     if "sliding_window" in fields:
         fields.update(sliding_window=None)

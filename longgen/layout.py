@@ -78,7 +78,8 @@ def cached(
     return tuple(runs)
 
 
-@lru_cache(maxsize=1024)
+# Few: an entry is as long as a sequence.
+@lru_cache(maxsize=64)
 def _expand(axis: Axis) -> tuple[np.ndarray, np.ndarray]:
     if not axis:
         return np.zeros(0, np.int32), np.zeros(0, np.int32)

@@ -129,7 +129,7 @@ class SparsePattern:
         parts.append(f"{self.local_blocks} local")
         if self.stride_blocks:
             shift = f" shifted by {self.head_shift} a head" if self.head_shift else ""
-            parts.append(f"every {self.stride_blocks}th{shift}")
+            parts.append(f"one in {self.stride_blocks}{shift}")
         return f"{' + '.join(parts)} of {self.block_size}-token blocks"
 
     def visible(self, q: Any, k: Any, head: Any = 0) -> Any:

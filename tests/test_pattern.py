@@ -266,7 +266,7 @@ def test_the_full_pattern_is_causal_attention() -> None:
         (SparsePattern.attention_sink(), "1 sink + 32 local of 64-token blocks"),
         (
             SparsePattern.block_sparse(),
-            "1 local + every 64th shifted by 1 a head of 64-token blocks",
+            "1 local + one in 64 shifted by 1 a head of 64-token blocks",
         ),
     ],
 )

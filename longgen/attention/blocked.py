@@ -20,7 +20,7 @@ QUERY_CHUNK = 256
 KEY_TILE = 64
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _places(layout: Layout, device: torch.device) -> tuple[torch.Tensor, ...]:
     arrays = (*layout.query_places(), *layout.key_places())
     # Shared by training and inference: tensors born in inference mode could not be saved for
@@ -29,7 +29,7 @@ def _places(layout: Layout, device: torch.device) -> tuple[torch.Tensor, ...]:
         return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _chunks(
     pattern: SparsePattern, layout: Layout, row: int, key_head: int, head: int
 ) -> tuple[tuple[int, ...], ...]:

@@ -69,7 +69,8 @@ def _lists(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return tiles.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
-@lru_cache(maxsize=16)
+# Few: at 131,072 tokens and 32 heads that differ, one takes about a gigabyte.
+@lru_cache(maxsize=4)
 def block_mask(
     pattern: SparsePattern,
     layout: Layout,

@@ -65,7 +65,13 @@ def evaluate(
         int, typer.Option("--samples", min=1, help="Questions for each length and depth.")
     ] = 10,
     seed: Annotated[
-        int, typer.Option("--seed", help="Decides needles, their surroundings and random prompts.")
+        int,
+        typer.Option(
+            "--seed",
+            min=0,
+            max=2**32 - 1,
+            help="Decides needles, their surroundings and random prompts.",
+        ),
     ] = 0,
     repeat_text: Annotated[
         bool,
@@ -108,6 +114,7 @@ def evaluate(
     folder = Path(out) if out else Path(model) / "evaluation"
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"The output {folder} is a file; give a folder with --out.")
+    _refuse_other_content(folder)
     heldout = training_folder(model) / HELDOUT
     if not text and not heldout.is_file():
         raise UsageError(
@@ -209,3 +216,24 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
                 cells.append("-" if row["value"] is None else columns[metric][1](row))
         table.add_row(f"{length:,}", *cells)
     stdout_console().print(table)
+
+
+def _refuse_other_content(folder: Path) -> None:
+    """Refuse a folder with anything but the results of earlier evaluations."""
+    if not folder.is_dir():
+        return
+    own = {f"{metric}.json" for metric in ("needle", "loss", "cost")}
+    own |= {"needle.png", "loss.png", "kv.png", "decode.png"}
+    found = sorted(path.name for path in folder.iterdir())
+    other = [name for name in found if name not in own and not name.startswith(".")]
+    for name in found:
+        if name in own and name.endswith(".json"):
+            text = (folder / name).read_text(encoding="utf-8", errors="replace")
+            if '"identity"' not in text or '"rows"' not in text:
+                other.append(name)
+    if other:
+        raise UsageError(
+            f"The output folder {folder} holds something else than results of `longgen evaluate` "
+            f"({', '.join(other[:3])}{', ...' if len(other) > 3 else ''}). Give a new folder with "
+            "--out."
+        )

@@ -89,7 +89,13 @@ def generate(
     ] = None,
     seed: Annotated[
         int,
-        typer.Option("--seed", help="Decides what is drawn.", rich_help_panel=_SAMPLING),
+        typer.Option(
+            "--seed",
+            min=0,
+            max=2**32 - 1,
+            help="Decides what is drawn.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

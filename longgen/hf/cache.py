@@ -113,7 +113,9 @@ def _retained(
     stacked = np.stack(index).reshape(len(target), len(target[0]), -1)
     if stacked.shape[2] == source.num_keys and (stacked == np.arange(source.num_keys)).all():
         return None
-    return torch.from_numpy(stacked).to(device)
+    # Shared by training and inference: inference tensors could not be saved for a backward pass.
+    with torch.inference_mode(False):
+        return torch.from_numpy(stacked).to(device)
 
 
 class SparseLayer(DynamicLayer):

@@ -131,6 +131,8 @@ class HybridModelMixin(_RefusesOtherAttention):
         if tokens is None:
             raise UsageError("Give the model input_ids or inputs_embeds.")
         batch_size, length = tokens.shape[:2]
+        if not length:
+            raise UsageError("The input has no tokens; give at least one.")
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
         if past_key_values is not None and not isinstance(past_key_values, HybridCache):
@@ -236,7 +238,7 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model; with labels in training (or `shift_labels` at any time) return the loss
         and no logits.
 
@@ -263,6 +265,7 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
+        as_tuple = kwargs.pop("return_dict", self.config.return_dict) is False
         kwargs["return_dict"] = True
         outputs = self.model(
             input_ids=input_ids,
@@ -277,11 +280,12 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
             # resize_token_embeddings and set_output_embeddings put a plain layer in its place.
             self.lm_head.__class__ = LMHead
         loss = self.lm_head(outputs.last_hidden_state, shift_labels, num_items_in_batch)
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+        return output.to_tuple() if as_tuple else output
 
     def _prepare_cache_for_generation(
         self,

@@ -4,7 +4,7 @@ output."""
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -120,6 +120,10 @@ class ExtendConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"{name} is {value}; give a number above 0.")
+        if self.seed >= 1 << 32:
+            raise UsageError(f"seed is {self.seed}; give a number below 2**32.")
+        if self.weight_decay == float("inf"):
+            raise UsageError("weight_decay is inf; give a finite number.")
         for name in ("recall_share", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
@@ -172,10 +176,6 @@ class ExtendConfig:
             for name, value in mine.items()
             if name not in free and earlier.get(name) != value
         ]
-
-    def with_(self, **changes: Any) -> ExtendConfig:
-        """Return a copy with some settings changed."""
-        return replace(self, **changes)
 
 
 def check_context(context: int, original: int, model: str) -> None:

@@ -122,7 +122,8 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
         f"{report.rows:,} sequences of {config.context:,}, {report.padding_rate:.1%} padding"
     )
     say(
-        f"layers {plan}  sparse layers see {plan.pattern}; rotary base "
+        f"layers {plan}  "
+        f"{f'sparse layers see {plan.pattern}; ' if 'S' in plan.layers else ''}rotary base "
         f"{hybrid.config.rope_parameters['rope_theta']:,.0f}"
     )
     record = {
@@ -220,6 +221,11 @@ def _corpus(
 
 def _split(config: ExtendConfig, corpus: CorpusView) -> tuple[CorpusView, CorpusView]:
     """Hold out some text: by default a twentieth, between two and sixteen sequences' worth."""
+    if corpus.num_tokens <= config.context:
+        raise UsageError(
+            f"There is too little data: {corpus.num_tokens:,} tokens do not make one sequence of "
+            f"{config.context:,} and held-out text beside it. Give more."
+        )
     tokens = config.heldout_tokens
     if tokens is None:
         tokens = min(max(corpus.num_tokens // 20, 2 * config.context), 16 * config.context)

@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from longgen.accounting import training_flops
+from longgen.errors import UsageError
 from longgen.gpus import peak_flops
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
@@ -169,6 +171,11 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not self.tokens:
             return
+        if not math.isfinite(logs["loss"]):
+            raise UsageError(
+                f"The loss became {logs['loss']} at step {state.global_step}: the training "
+                "diverged. Start again with a lower learning rate."
+            )
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         speed = self.tokens / seconds

@@ -216,8 +216,18 @@ def test_files_of_another_model_are_not_taken_over(
     second = run(arguments[0], other, *arguments[2:], *only)
     assert "of another model" in second.err
     assert second.json["rows"][0]["value"] != first[0]["value"]
-    (tmp_path / "results" / "loss.json").write_text("{")
     third = run(*arguments, *only)
-    assert "is damaged and will be replaced" in third.err
     assert third.json["rows"] == first
     assert json.loads((tmp_path / "results" / "loss.json").read_text())["rows"] == first
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "loss.json"])
+def test_a_folder_with_other_content_is_refused(
+    refused: Callable[..., str], arguments: tuple[object, ...], tmp_path: Path, name: str
+) -> None:
+    """Also where a file only has the name of a result."""
+    other = tmp_path / "results" / name
+    other.parent.mkdir()
+    other.write_text('{"mine": 1}')
+    assert f"({name})" in refused(*arguments, "--only", "loss")
+    assert other.read_text() == '{"mine": 1}'

@@ -292,3 +292,19 @@ def test_the_trainer_trains_and_evaluates(build: Make, tokens: Make, tmp_path: P
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(before), rel=1e-5)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < float(before)
+
+
+def test_inference_does_not_spoil_a_later_backward(build: Make, tokens: Make) -> None:
+    """What one call caches, the next may have to save for its gradients."""
+    model, ids = build(), tokens(1, 57)
+    with torch.inference_mode():
+        model(ids)
+    model(ids, labels=ids).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tuples_on_request(build: Make, tokens: Make, training: bool) -> None:
+    model, ids = build().train(training), tokens(1, 20)
+    loss = model(ids, labels=ids).loss
+    assert torch.equal(model(ids, labels=ids, return_dict=False)[0], loss)

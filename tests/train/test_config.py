@@ -1,5 +1,6 @@
 """Settings of a run: what is refused, what a resumed run may change, what recipes hold."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,9 @@ def test_settings_survive_their_record() -> None:
     assert first.data == ("a", "b")
     assert ExtendConfig(**first.to_dict()) == first
     assert first.differences(first.to_dict()) == []
-    later = first.with_(out="elsewhere", save_steps=5, log_steps=1, force=True, compile="off")
+    later = replace(first, out="elsewhere", save_steps=5, log_steps=1, force=True, compile="off")
     assert later.differences(first.to_dict()) == []
-    assert first.with_(steps=3, layers="FFF").differences(first.to_dict()) == [
+    assert replace(first, steps=3, layers="FFF").differences(first.to_dict()) == [
         "layers was 'SFS' and is now 'FFF'",
         "steps was 100 and is now 3",
     ]

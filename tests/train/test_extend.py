@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,13 +193,13 @@ def test_resuming_with_other_settings_names_them(settings: Settings) -> None:
         with pytest.raises(RuntimeError):
             extend(config, say=quiet)
     with pytest.raises(UsageError, match=r"learning_rate was 0.01 and is now 0.02"):
-        extend(config.with_(learning_rate=0.02), resume=True, say=quiet)
+        extend(replace(config, learning_rate=0.02), resume=True, say=quiet)
     with pytest.raises(UsageError, match=r"seed was 0 and is now 1; .*steps|steps .* seed"):
-        extend(config.with_(steps=3, seed=1), resume=True, say=quiet)
+        extend(replace(config, steps=3, seed=1), resume=True, say=quiet)
     with pytest.raises(UsageError, match="unfinished run; add --resume"):
         extend(config, say=quiet)
     # How often it saves and reports does not make it another run.
-    assert extend(config.with_(save_steps=50, log_steps=2), resume=True, say=quiet)["finished"]
+    assert extend(replace(config, save_steps=50, log_steps=2), resume=True, say=quiet)["finished"]
     with pytest.raises(UsageError, match="is finished"):
         extend(config, resume=True, say=quiet)
     with pytest.raises(UsageError, match="is finished"):
@@ -239,7 +240,7 @@ def test_what_is_found_out_late_leaves_nothing_behind(settings: Settings, exists
         extend(config, say=quiet)
     assert Path(config.out).exists() == exists
     assert not exists or not any(Path(config.out).iterdir())
-    assert extend(config.with_(steps=1), say=quiet)["finished"]
+    assert extend(replace(config, steps=1), say=quiet)["finished"]
 
 
 def test_ctrl_c_while_tokenizing_leaves_nothing_behind(
@@ -277,9 +278,29 @@ def test_too_little_memory_is_refused_with_numbers_unless_forced(settings: Setti
         extend(config, say=quiet)
     assert not Path(config.out).exists()
     with pytest.raises(UsageError, match="too little data"):
-        extend(config.with_(force=True), say=quiet)
+        extend(replace(config, force=True), say=quiet)
 
 
 @pytest.mark.usefixtures("small_gpu")
 def test_auto_checkpoints_only_where_the_estimate_asks_for_it(settings: Settings) -> None:
     assert not extend(settings("fits", steps=1), say=quiet)["training"]["gradient_checkpointing"]
+
+
+def test_a_diverged_run_is_no_hybrid(settings: Settings) -> None:
+    """The checkpoints from before stay; a model of NaN is not written."""
+    config = settings(steps=6, learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(UsageError, match=r"loss became (nan|inf) at step .*lower learning rate"):
+        extend(config, say=quiet)
+    assert not (Path(config.out) / "config.json").exists()
+
+
+def test_dropout_of_the_base_does_not_stop_training(
+    settings: Settings, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_checkpoint(tmp_path / "base", attention_dropout=0.1)
+    assert extend(settings(model=str(base), steps=1), say=quiet)["finished"]
+
+
+def test_a_seed_that_nothing_takes_is_refused(settings: Settings) -> None:
+    with pytest.raises(UsageError, match=r"seed is 4294967296; give a number below"):
+        settings(seed=1 << 32)
