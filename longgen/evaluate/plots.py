@@ -102,7 +102,8 @@ def plot_needle(
     counts = " or ".join(str(count) for count in sorted({row["samples"] for row in chosen}))
     # Centred on the whole figure, where a long name has more room than over the grid alone.
     name = fill(f"Needle in a haystack: {model_name}", int(11.5 * figure.get_figwidth()))
-    figure.suptitle(f"{name}\n{counts} samples per cell", fontsize=11)
+    noun = "sample" if counts == "1" else "samples"
+    figure.suptitle(f"{name}\n{counts} {noun} per cell", fontsize=11)
     return _save(figure, path)
 
 
