@@ -24,7 +24,8 @@ from longgen.evaluate.plots import plot_decode_time, plot_kv_bytes, plot_loss, p
 from longgen.evaluate.report import Code, Picture, Section, comparison_table, write_report
 from longgen.evaluate.results import card_name, read_results, versions, write_results
 from longgen.evaluate.run import evaluate_model
-from longgen.train.extend import HELDOUT, extend, training_folder
+from longgen.train.extend import extend
+from longgen.train.folder import HELDOUT, read_run, training_folder
 
 DEFAULT_OUT = Path("out/demo")
 _BEGAN = time.perf_counter()
@@ -53,7 +54,7 @@ def extended(base: Path, out: Path, chosen: DemoSettings, full_layers: str) -> d
     """Train one model, or go on with it, or take it as it is if it is finished."""
     # config.json is moved into place last, so with it the model is whole.
     if not (out / "config.json").is_file():
-        begun = (training_folder(out) / "run.json").is_file()
+        begun = read_run(out) is not None
         made = extend(chosen.extension(base, out, full_layers), resume=begun, say=say)
         if not made["finished"]:
             raise KeyboardInterrupt

@@ -222,7 +222,7 @@ def _refuse_other_content(folder: Path) -> None:
     """Refuse a folder with anything but the results of earlier evaluations."""
     if not folder.is_dir():
         return
-    own = {f"{metric}.json" for metric in ("needle", "loss", "cost")}
+    own = {f"{metric}.json" for metric in _METRICS}
     own |= {"needle.png", "loss.png", "kv.png", "decode.png"}
     found = sorted(path.name for path in folder.iterdir())
     other = [name for name in found if name not in own and not name.startswith(".")]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from longgen import __version__
 from longgen.accounting import check_fits, fits, training_memory
@@ -304,7 +305,7 @@ def _train(
         model=model,
         args=arguments,
         train_dataset=TrainingSequences(packed, config.num_sequences),
-        data_collator=collate_sequences,
+        data_collator=default_collate,
         callbacks=[progress, *_tensorboard(folder)],
     )
     trainer.progress = progress
@@ -335,11 +336,6 @@ def _train(
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         **progress.medians(),
     }
-
-
-def collate_sequences(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack sequences; every key is as long as the context."""
-    return {key: torch.stack([item[key] for item in batch]) for key in batch[0]}
 
 
 def _tensorboard(folder: Path) -> list[Any]:

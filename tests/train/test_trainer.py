@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 from transformers import TrainingArguments
 
 import longgen
@@ -17,7 +18,7 @@ from longgen.accounting import training_flops
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.config import ExtendConfig
-from longgen.train.extend import collate_sequences, extend
+from longgen.train.extend import extend
 from longgen.train.trainer import (
     WHOLE,
     LongGenTrainer,
@@ -100,7 +101,7 @@ def test_the_loss_is_the_mean_over_labelled_tokens_of_all_accumulated_sequences(
         model=hybrid.train(),
         args=arguments,
         train_dataset=TrainingSequences(Packed(), 4),
-        data_collator=collate_sequences,
+        data_collator=default_collate,
         callbacks=[progress],
     )
     trainer.progress = progress
