@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Literal, overload
 
 import torch
 
 from longgen.attention.blocked import blocked_attention
 from longgen.attention.dense import dense_attention
+from longgen.attention.flash import flash_attend, flash_obstacle
 from longgen.attention.flex import flex_attend
 from longgen.attention.reference import reference_attention
 from longgen.errors import UsageError
@@ -22,10 +24,11 @@ from longgen.pattern import SparsePattern
 
 logger = logging.getLogger(__name__)
 
-_MASKED: dict[str, Callable[..., torch.Tensor]] = {
+_MASKED: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = {
     "reference": reference_attention,
     "blocked": blocked_attention,
     "flex": flex_attend,
+    "flash": flash_attend,
 }
 IMPLEMENTATIONS = ("auto", *_MASKED)
 
@@ -34,6 +37,36 @@ IMPLEMENTATIONS = ("auto", *_MASKED)
 _FEW_QUERIES = 16
 
 _announced: set[tuple[str, str]] = set()
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    pattern: SparsePattern | None = ...,
+    layout: Layout | None = ...,
+    scale: float | None = ...,
+    head_offset: int = ...,
+    impl: str = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    pattern: SparsePattern | None = ...,
+    layout: Layout | None = ...,
+    scale: float | None = ...,
+    head_offset: int = ...,
+    impl: str = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def attention(
@@ -46,7 +79,8 @@ def attention(
     scale: float | None = None,
     head_offset: int = 0,
     impl: str = "auto",
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Compute attention under a sparse pattern.
 
     Args:
@@ -60,11 +94,15 @@ def attention(
         head_offset: global index of the first key/value head given here (tensor or Ulysses
             parallelism).
         impl: "reference" (fp32 softmax over a dense mask), "blocked" (plain PyTorch, any device),
-            "flex" (FlexAttention), or "auto", which picks by device and case and logs its choice
-            once. A named implementation runs or raises; none is ever replaced by another.
+            "flex" (FlexAttention), "flash" (FlashAttention-4 on Hopper, extra `flash`), or "auto",
+            which picks by card, dtype, head size and what is installed, and logs its choice once.
+            A named implementation runs or raises; none is ever replaced by another.
+        return_lse: whether to return the log-sum-exp of the scores too, with which parts of one
+            attention that were computed apart can be put together.
 
     Returns:
-        (B, T, H, D) in q's dtype. Queries that see nothing (padding) give zeros.
+        (B, T, H, D) in q's dtype; queries that see nothing (padding) give zeros. With `return_lse`
+        also (B, H, T), at least fp32, natural logarithm, -inf where a query sees nothing.
 
     Raises:
         UsageError: if shapes, layout and pattern do not fit together, or the implementation cannot
@@ -75,15 +113,49 @@ def attention(
     _check(q, k, v, layout, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
-        impl = _choose(pattern, layout, q.shape[1], q.device.type, head_offset)
-        _announce(impl, pattern, q)
+        impl = _auto(q, k, v, pattern, layout, head_offset, return_lse)
     # Autocast would compute fp32 inputs, the reference's too, in half precision.
     with torch.autocast(q.device.type, enabled=False):
         if impl.startswith("dense"):
             return dense_attention(q, k, v, is_causal=impl == "dense_causal", scale=scale)
-        return _MASKED[impl](
-            q, k, v, pattern=pattern, layout=layout, scale=scale, head_offset=head_offset
+        out, lse = _MASKED[impl](
+            q,
+            k,
+            v,
+            pattern=pattern,
+            layout=layout,
+            scale=scale,
+            head_offset=head_offset,
+            return_lse=return_lse,
         )
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def _auto(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: SparsePattern,
+    layout: Layout,
+    head_offset: int,
+    return_lse: bool,
+) -> str:
+    """Choose an implementation, and say which and why not the faster one."""
+    device, length = q.device.type, q.shape[1]
+    impl = _choose(pattern, layout, length, device, head_offset)
+    obstacle = None
+    if device == "cuda" and (impl in ("flex", "dense_causal") and length > _FEW_QUERIES):
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        obstacle = flash_obstacle(q, gradients=gradients)
+        impl = impl if obstacle else "flash"
+    if return_lse and impl.startswith("dense"):
+        # PyTorch's own kernels keep it to themselves.
+        impl = "flex" if device == "cuda" else "blocked"
+    _announce(impl, pattern, q, obstacle)
+    return impl
 
 
 @lru_cache(maxsize=256)
@@ -99,11 +171,12 @@ def _choose(
     return "flex" if device_type == "cuda" and num_queries > _FEW_QUERIES else "blocked"
 
 
-def _announce(impl: str, pattern: SparsePattern, q: torch.Tensor) -> None:
+def _announce(impl: str, pattern: SparsePattern, q: torch.Tensor, obstacle: str | None) -> None:
     key = (impl, str(pattern))
     if key not in _announced:
         _announced.add(key)
-        logger.info("attention (%s) on %s: %s", pattern, q.device.type, impl)
+        note = f" (not flash: {obstacle})" if obstacle else ""
+        logger.info("attention (%s) on %s: %s%s", pattern, q.device.type, impl, note)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, impl: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -20,7 +21,7 @@ MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tor
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[..., torch.Tensor]:
+def _compiled() -> Callable[..., Any]:
     # One graph a pattern, length and gradient mode; the default limit of 8 would silently drop to
     # the eager, mask-materialising path after a handful of lengths.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
@@ -132,8 +133,12 @@ def flex_attend(
     layout: Layout,
     scale: float,
     head_offset: int = 0,
-) -> torch.Tensor:
-    """Compute attention of q (B, T, H, D) over k, v (B, S, Hkv, D); returns (B, T, H, D).
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute attention of q (B, T, H, D) over k, v (B, S, Hkv, D).
+
+    Returns:
+        out (B, T, H, D) and, if asked for, the log-sum-exp of the scores (B, H, T) in fp32.
 
     Raises:
         UsageError: on CPU when gradients are needed, which FlexAttention does not compute there.
@@ -147,11 +152,13 @@ def flex_attend(
     # The split-KV decoding kernel that short queries would get rejects per-head lists and GQA
     # ratios such as 3.
     options = {"FORCE_USE_FLEX_ATTENTION": True} if q.device.type == "cuda" else None
-    out = _compiled()(
+    result = _compiled()(
         *(x.transpose(1, 2) for x in (q, k, v)),
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
         kernel_options=options,
+        return_lse=return_lse,
     )
-    return out.transpose(1, 2)
+    out, lse = result if return_lse else (result, None)
+    return out.transpose(1, 2), lse

@@ -18,12 +18,16 @@ def reference_attention(
     layout: Layout,
     scale: float,
     head_offset: int = 0,
-) -> torch.Tensor:
-    """Compute attention of q (B, T, H, D) over k, v (B, S, Hkv, D) by its definition; returns (B,
-    T, H, D).
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute attention of q (B, T, H, D) over k, v (B, S, Hkv, D) by its definition.
 
     Scores and softmax are in fp32, or fp64 for fp64 inputs. A query that sees nothing (padding)
     gives zeros.
+
+    Returns:
+        out (B, T, H, D) and, if asked for, the log-sum-exp of the scores (B, H, T) in their
+        precision.
     """
     group = q.shape[2] // k.shape[2]
     mask = torch.from_numpy(layout.dense_mask(pattern, k.shape[2], head_offset)).to(q.device)
@@ -35,4 +39,8 @@ def reference_attention(
     scores = scores.masked_fill(~mask, float("-inf"))
     seen = mask.any(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(~seen, 0.0), -1) * seen
-    return (weights @ vh).to(q.dtype).transpose(1, 2)
+    lse = None
+    if return_lse:
+        lse = torch.logsumexp(scores.masked_fill(~seen, 0.0), -1)
+        lse = lse.masked_fill(~seen[..., 0], float("-inf"))
+    return (weights @ vh).to(q.dtype).transpose(1, 2), lse

@@ -1,0 +1,552 @@
+"""FlashAttention-4's Hopper kernels, driven by our lists.
+
+The arithmetic is that of `flash_attn.cute` (package flash-attn-4). What is ours is which tiles are
+visited, by which program and in which order, because a static sparse pattern has other needs than
+dense attention:
+
+- forward: a query tile visits few key tiles, so its beginning and end weigh much. One program a
+  multiprocessor runs through many query tiles and loads the next while it stores the last.
+- backward: a program owns a key tile, and tiles that every later query sees (sinks, strides) take
+  up to a hundred times as long as the others. Programs take their tile from a table that puts these
+  first, and read their own short list.
+
+Only this package imports flash_attn; pyproject.toml pins the version whose classes are used here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from longgen import pattern as pattern_module
+from longgen.attention.flash.lists import (
+    FULL_COUNT,
+    FULL_LAST,
+    HEAD,
+    KEY_TILE,
+    MASK_COUNT,
+    MASK_START,
+    ROW,
+    WORK_FIELDS,
+)
+from longgen.attention.flash.plan import TILE_K, Mask
+
+# Read when the package is imported: compiled kernels are kept across processes.
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+os.environ.setdefault(
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR",
+    str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "longgen" / "kernels"),
+)
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute import FastDivmodDivisorV2
+from flash_attn.cute import interface
+from flash_attn.cute.block_sparsity import BlockSparseTensors
+from flash_attn.cute.cache_utils import JITCache, get_jit_cache
+from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
+from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+from flash_attn.cute.named_barrier import NamedBarrierFwd
+from flash_attn.cute.tile_scheduler import SingleTileScheduler, StaticPersistentTileScheduler
+from flash_attn.cute.utils import AuxData, scalar_to_ssa
+from quack.compile_utils import make_fake_tensor
+
+ARCH = 90
+_TYPES = {torch.float16: cutlass.Float16, torch.bfloat16: cutlass.BFloat16}
+# Head sizes are padded to this inside the kernels, and their fp32 sums with them.
+_HEAD_STEP = 16
+
+
+def _cache(name: str) -> JITCache:
+    """Return a cache on disk that changes when our part of the kernels does."""
+    sources = (Path(__file__), Path(str(pattern_module.__file__)))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return get_jit_cache(f"longgen_{name}_{digest[:16]}")
+
+
+_FORWARD, _BACKWARD = _cache("forward"), _cache("backward")
+
+
+class _Launch:
+    """Stand for a kernel call that is launched on another grid than its maker computes."""
+
+    def __init__(self, call: Any, programs: Any) -> None:
+        self.call, self.programs = call, programs
+
+    def launch(self, *, grid: Any, **settings: Any) -> Any:
+        del grid
+        return self.call.launch(grid=(self.programs, Int32(1), Int32(1)), **settings)
+
+
+def _the(args: tuple[Any, ...], test: Callable[[Any], bool]) -> int:
+    """Return the place of the only argument that passes a test."""
+    places = [i for i, value in enumerate(args) if test(value)]
+    if len(places) != 1:
+        raise RuntimeError(
+            f"flash_attn.cute passes {len(places)} such arguments where this version of longgen "
+            "expects one: the installed flash-attn-4 isn't the one it was written for."
+        )
+    return places[0]
+
+
+def _put(args: tuple[Any, ...], place: int, *values: Any) -> tuple[Any, ...]:
+    return (*args[:place], *values, *args[place + len(values) :])
+
+
+class PersistentForward(FlashAttentionForwardSm90):
+    """The forward kernel with one program a multiprocessor, each going through many query tiles."""
+
+    num_programs: int
+    sQ_layout: Any
+
+    def _get_shared_storage_cls(self) -> Any:
+        # Room for O behind Q: the next tile's Q is loaded while this one's O is stored.
+        q_layout = self.sQ_layout
+        self.sQ_layout = cute.make_layout(cute.cosize(q_layout) + cute.cosize(self.sO_layout))
+        storage = super()._get_shared_storage_cls()
+        self.sQ_layout = q_layout
+        return storage
+
+    def kernel(self, *args: Any) -> _Launch:
+        place = _the(args, lambda x: x is SingleTileScheduler)
+        grid = args[place - 1]
+        total = grid.num_block * grid.num_head * grid.num_batch
+        params = StaticPersistentTileScheduler.Params(
+            FastDivmodDivisorV2(grid.num_block), FastDivmodDivisorV2(grid.num_head), total
+        )
+        args = _put(args, place - 1, params, StaticPersistentTileScheduler)
+        return _Launch(super().kernel(*args), cutlass.min(Int32(self.num_programs), total))
+
+    def epilogue(self, acc_O: Any, lse: Any, mO: Any, mLSE: Any, sO: Any, *args: Any) -> None:
+        # The parent's barriers count whole tiles: none may begin before all have left the last.
+        cute.arch.barrier(
+            barrier_id=max(NamedBarrierFwd) + 1, number_of_threads=self.num_epilogue_threads
+        )
+        behind_q = cute.make_tensor(sO.iterator + self.tile_m * self.tile_hdim, sO.layout)
+        super().epilogue(acc_O, lse, mO, mLSE, behind_q, *args)
+
+
+class _Descending:
+    """Stand for a list of consecutive tiles from the last down, computed instead of read.
+
+    A read would stand between the program's iterations: each begins with its tile's number.
+    """
+
+    def __init__(self, last: Any) -> None:
+        self.last = last
+
+    def __getitem__(self, at: Any) -> Any:
+        return self if isinstance(at, tuple) else self.last - at
+
+
+class ListedBackward(FlashAttentionBackwardSm90):
+    """The backward kernel with one program for each row of a work table."""
+
+    def kernel(self, *args: Any) -> _Launch:
+        lists = args[_the(args, lambda x: isinstance(x, BlockSparseTensors))]
+        return _Launch(super().kernel(*args), cute.size(lists.mask_block_cnt.shape[0]))
+
+    def _work(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Give one of the program's roles its row of the table in place of the whole lists."""
+        place = _the(args, lambda x: isinstance(x, BlockSparseTensors))
+        table, index, *_ = args[place]
+        row = table[cute.arch.block_idx()[0], None]
+        # The parent looks lists up by batch row, head and tile: no stride leads anywhere else.
+        nowhere = (0, 0, 0)
+
+        def count(field: int) -> cute.Tensor:
+            return cute.make_tensor(
+                row.iterator + field, cute.make_layout((1, 1, 1), stride=nowhere)
+            )
+
+        masked = cute.make_tensor(
+            index.iterator + row[MASK_START],
+            cute.make_layout((1, 1, 1, 1 << 30), stride=(*nowhere, 1)),
+        )
+        own = BlockSparseTensors(
+            count(MASK_COUNT), masked, count(FULL_COUNT), _Descending(row[FULL_LAST])
+        )
+        args = _put(args, place, own)
+        place = _the(
+            args, lambda x: isinstance(x, partial) and x.func is SingleTileScheduler.create
+        )
+        create = args[place]
+
+        def scheduler() -> SingleTileScheduler:
+            made = create()
+            made._blk_coord = (row[KEY_TILE], row[HEAD], row[ROW])
+            return made
+
+        return _put(args, place, scheduler)
+
+    def load(self, *args: Any) -> None:
+        super().load(*self._work(args))
+
+    def mma(self, *args: Any, is_dQ_wg: bool) -> None:
+        super().mma(*self._work(args), is_dQ_wg=is_dQ_wg)
+
+    def dQaccum_store(self, *args: Any) -> None:
+        super().dQaccum_store(*self._work(args))
+
+
+def _mask_mod(mask: Mask) -> Callable[..., Any]:
+    """Return the function that the kernels ask about the pairs of a tile."""
+    pattern = mask.pattern
+    rest = replace(pattern, stride_blocks=0, head_shift=0)
+
+    def visible(q: Any, k: Any, head: Any) -> Any:
+        seen = pattern.visible(q, k, head)
+        return seen & (rest.visible(q, k) == 0) if mask.only_strided else seen
+
+    def plain(batch: Any, head: Any, q: Any, k: Any, lengths: Any, places: Any) -> Any:
+        shift = lengths.seqlen_k - lengths.seqlen_q
+        return visible(q + shift, k, head // mask.group + mask.head_offset)
+
+    def placed(batch: Any, head: Any, q: Any, k: Any, lengths: Any, places: Any) -> Any:
+        key_head = head // mask.group
+        if mask.query_rows:
+            q = q + batch * lengths.seqlen_q
+        if mask.key_heads > 1:
+            k = k + key_head * lengths.seqlen_k
+        if mask.key_rows:
+            k = k + batch * (lengths.seqlen_k * mask.key_heads)
+        q_document, q_position, k_document, k_position = (
+            scalar_to_ssa(place[at[0]], Int32)
+            for place, at in zip(places, (q, q, k, k), strict=True)
+        )
+        same = (q_document == k_document) & (q_document >= 0)
+        return same & visible(q_position, k_position, key_head + mask.head_offset)
+
+    return placed if mask.by_places else plain
+
+
+class _Shapes(NamedTuple):
+    """Tensors of any size for the compiler."""
+
+    element: Any
+
+    def of(self, *sizes: Any, dtype: Any = None, align: int = 16) -> Any:
+        dtype = dtype or self.element
+        return make_fake_tensor(dtype, sizes, divisibility=max(align * 8 // dtype.width, 1))
+
+    def places(self, mask: Mask) -> AuxData:
+        if not mask.by_places:
+            return AuxData()
+        return AuxData([self.of(cute.sym_int(), dtype=Int32, align=4) for _ in range(4)])
+
+
+def _compile(kernel: Any, *args: Any) -> Any:
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(kernel, *args, stream, options="--enable-tvm-ffi")
+
+
+def _forward_tile(head_dim: int) -> Any:
+    return interface._tile_size_fwd_sm90(head_dim, head_dim, True, False)
+
+
+def _backward_tile(head_dim: int) -> Any:
+    return interface._tile_size_bwd_sm90(head_dim, head_dim, True, False)
+
+
+def tiles_q(head_dim: int) -> tuple[int, int]:
+    """Return the query tiles of the forward and the backward kernel."""
+    return _forward_tile(head_dim).m_block_size, _backward_tile(head_dim).m_block_size
+
+
+def _compile_forward(
+    dtype: torch.dtype, head_dim: int, mask: Mask, tile_k: int, num_programs: int
+) -> Any:
+    tile = _forward_tile(head_dim)
+    kernel = PersistentForward(
+        _TYPES[dtype],
+        head_dim,
+        head_dim,
+        mask.group,
+        is_causal=False,
+        is_local=False,
+        pack_gqa=False,
+        tile_m=tile.m_block_size,
+        tile_n=tile_k,
+        num_stages=2,
+        num_threads=384,
+        Q_in_regs=False,
+        intra_wg_overlap=tile.intra_wg_overlap,
+        mma_pv_is_rs=tile.mma_pv_is_rs,
+        mask_mod=_mask_mod(mask),
+        score_mod=None,
+        has_aux_tensors=mask.by_places,
+        q_subtile_factor=1,
+        paged_kv_non_tma=False,
+    )
+    kernel.num_programs = num_programs
+    b, t, s, h, hkv, d, n = (cute.sym_int() for _ in range(7))
+    shapes = _Shapes(_TYPES[dtype])
+    integers = partial(shapes.of, dtype=Int32, align=4)
+    lists = BlockSparseTensors(
+        integers(b, h, n),
+        integers(b, h, n, cute.sym_int()),
+        integers(b, h, n),
+        integers(b, h, n, cute.sym_int()),
+    )
+    q, k, v, out = (
+        shapes.of(*x) for x in ((b, t, h, d), (b, s, hkv, d), (b, s, hkv, d), (b, t, h, d))
+    )
+    lse = shapes.of(b, h, t, dtype=Float32, align=4)
+    unused = [None] * 8
+    return _compile(kernel, q, k, v, out, lse, 1.0, *unused, lists, shapes.places(mask), None, None)
+
+
+def _compile_backward(dtype: torch.dtype, head_dim: int, mask: Mask) -> Any:
+    tile = _backward_tile(head_dim)
+    kernel = ListedBackward(
+        _TYPES[dtype],
+        head_dim,
+        head_dim,
+        mask.group,
+        is_causal=False,
+        is_local=False,
+        deterministic=False,
+        tile_m=tile.m_block_size,
+        tile_n=tile.n_block_size,
+        Q_stage=tile.num_stages_Q,
+        dO_stage=tile.num_stages_dO,
+        PdS_stage=tile.num_stages_PdS,
+        SdP_swapAB=tile.SdP_swapAB,
+        dKV_swapAB=tile.dKV_swapAB,
+        dQ_swapAB=tile.dQ_swapAB,
+        AtomLayoutMSdP=tile.AtomLayoutMSdP,
+        AtomLayoutNdKV=tile.AtomLayoutNdKV,
+        AtomLayoutMdQ=tile.AtomLayoutMdQ,
+        num_threads=(tile.num_wg + 1) * 128,
+        V_in_regs=False,
+        mask_mod=_mask_mod(mask),
+        has_aux_tensors=mask.by_places,
+        q_subtile_factor=1,
+        dQ_single_wg=tile.dQ_single_wg,
+    )
+    b, t, s, h, hkv, d, t_up = (cute.sym_int() for _ in range(7))
+    shapes = _Shapes(_TYPES[dtype])
+    sums = partial(shapes.of, dtype=Float32)
+    q, k, v, grad = (
+        shapes.of(*x) for x in ((b, t, h, d), (b, s, hkv, d), (b, s, hkv, d), (b, t, h, d))
+    )
+    if mask.group > 1:
+        size = cute.sym_int()
+        dk, dv = sums(b, hkv, size), sums(b, hkv, size)
+    else:
+        dk, dv = shapes.of(b, s, hkv, d), shapes.of(b, s, hkv, d)
+    work = BlockSparseTensors(
+        shapes.of(cute.sym_int(), WORK_FIELDS, dtype=Int32),
+        shapes.of(cute.sym_int(), dtype=Int32, align=4),
+    )
+    stats = sums(b, h, t_up), sums(b, h, t_up)
+    dq = sums(b, h, cute.sym_int())
+    unused = [None] * 9
+    return _compile(
+        kernel, q, k, v, grad, *stats, dq, dk, dv, 1.0, *unused, shapes.places(mask), work, None
+    )
+
+
+def listed_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    forward: list[torch.Tensor],
+    mask: Mask,
+    tile_k: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the forward kernel over lists; returns out (B, T, H, D) and lse (B, H, T) in fp32."""
+    batch, length, heads, head_dim = q.shape
+    q, k, v = _ready(q, k, v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    key = (ARCH, q.dtype, head_dim, mask, tile_k, programs)
+    if key not in _FORWARD:
+        _FORWARD[key] = _compile_forward(*key[1:])
+    lists = [x.expand(batch, heads, *x.shape[2:]) for x in forward[:4]]
+    _FORWARD[key](
+        *(q, k, v, out, lse, scale),
+        *[None] * 8,
+        (*lists, None, None, None, None),
+        AuxData(forward[4:] or None, None),
+        None,
+        None,
+    )
+    return out, lse
+
+
+def listed_backward(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    backward: list[torch.Tensor],
+    mask: Mask,
+    strided: list[torch.Tensor],
+    strided_mask: Mask | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the backward kernel over work tables; returns dq, dk, dv like q, k, v."""
+    grad, q, k, v, out = _ready(grad, q, k, v, out)
+    batch, length, heads, head_dim = q.shape
+    tile = _backward_tile(head_dim)
+    rows = _up(length, tile.m_block_size)
+    width = _up(head_dim, _HEAD_STEP)
+    element = _TYPES[q.dtype]
+    floats: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    dq_sums = torch.empty(batch, heads, rows * width, **floats)
+    products, lse_log2 = (torch.empty(batch, heads, rows, **floats) for _ in range(2))
+    interface._bwd_preprocess(
+        *(out, grad, products, lse, lse_log2, dq_sums, None, None),
+        None if grad_lse is None else grad_lse.contiguous(),
+        *(element, head_dim, head_dim, tile.m_block_size),
+        hdim_multiple_of=_HEAD_STEP,
+        fake_mode=False,
+    )
+
+    def add(
+        k: torch.Tensor, v: torch.Tensor, work: list[torch.Tensor], mask: Mask
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add one launch's part to dq_sums; return its dk and dv."""
+        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        sums: tuple[torch.Tensor, ...] = (dk, dv)
+        if mask.group > 1:
+            size = _up(k.shape[1], TILE_K) * width
+            sums = tuple(torch.zeros(batch, k.shape[2], size, **floats) for _ in range(2))
+        key = (ARCH, q.dtype, head_dim, mask)
+        if key not in _BACKWARD:
+            _BACKWARD[key] = _compile_backward(*key[1:])
+        _BACKWARD[key](
+            *(q, k, v, grad, lse_log2, products, dq_sums, *sums, scale),
+            *[None] * 9,
+            AuxData(work[2:] or None, None),
+            (*work[:2], None, None, None, None, None, None),
+            None,
+        )
+        if mask.group > 1:
+            for part, target, factor in ((sums[0], dk, scale), (sums[1], dv, 1.0)):
+                _round(part, target, factor, TILE_K, tile.AtomLayoutNdKV, tile.dKV_swapAB)
+        return dk, dv
+
+    def _round(
+        sums: torch.Tensor,
+        target: torch.Tensor,
+        factor: float,
+        rows: int,
+        atoms: int,
+        swap: bool,
+        threads: int = tile.num_wg * 128,
+    ) -> None:
+        interface._bwd_postprocess_convert(
+            *(
+                sums,
+                target,
+                factor,
+                None,
+                None,
+                ARCH,
+                element,
+                head_dim,
+                rows,
+                threads,
+                atoms,
+                swap,
+            ),
+            hdim_multiple_of=_HEAD_STEP,
+            fake_mode=False,
+        )
+
+    dk, dv = add(k, v, backward, mask)
+    if strided_mask is not None:
+        columns, *work = strided
+        place = (
+            torch.arange(batch, device=q.device)[:, None, None],
+            columns.transpose(1, 2),
+            torch.arange(k.shape[2], device=q.device)[None, None, :],
+        )
+        for part, target in zip(add(k[place], v[place], work, strided_mask), (dk, dv), strict=True):
+            # Columns are unique but for padding, which adds zeros.
+            target.index_put_(place, part, accumulate=True)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    threads = 128 if tile.dQ_single_wg else tile.num_wg * 128
+    _round(
+        dq_sums, dq, scale, tile.m_block_size, tile.AtomLayoutMdQ, tile.dQ_swapAB, threads=threads
+    )
+    return dq, dk, dv
+
+
+def dense_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend causally to the last key, or within packed documents (T, H, D) of `cu_seqlens`.
+
+    Returns out like q and lse (B, H, T), or (H, T) if packed.
+    """
+    out, lse, *_ = interface._flash_attn_fwd(
+        *_ready(q, k, v),
+        softmax_scale=scale,
+        causal=True,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        return_lse=True,
+    )
+    return out, lse
+
+
+def dense_backward(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return dq, dk, dv of `dense_forward`."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    interface._flash_attn_bwd(
+        *_ready(q, k, v, out, grad),
+        lse,
+        softmax_scale=scale,
+        causal=True,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        dlse=None if grad_lse is None else grad_lse.contiguous(),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+    )
+    return dq, dk, dv
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _ready(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return tensors whose rows the copy engine can read: aligned to 16 bytes, last stride 1."""
+
+    def is_ready(x: torch.Tensor) -> bool:
+        step = 16 // x.element_size()
+        return (
+            x.stride(-1) == 1
+            and x.data_ptr() % 16 == 0
+            and all(stride % step == 0 for stride in x.stride()[:-1])
+        )
+
+    return tuple(x if is_ready(x) else x.contiguous().clone() for x in tensors)

@@ -1,0 +1,157 @@
+"""The kernels as operators of PyTorch: compilers, checkpointing and CUDA graphs see one node each.
+
+Tables are arguments, so that an operator depends on nothing but its inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from longgen.attention.flash.plan import Mask
+
+Tensor = torch.Tensor
+
+
+@torch.library.custom_op("longgen::flash_listed", mutates_args=(), device_types="cuda")
+def flash_listed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forward: list[Tensor],
+    backward: list[Tensor],
+    strided: list[Tensor],
+    mask: str,
+    strided_mask: str,
+    tile_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend by lists of tiles: q (B, T, H, D), k and v (B, S, Hkv, D) to out (B, T, H, D) and lse
+    (B, H, T) in fp32. The lists are those of `plan.Tables`."""
+    from longgen.attention.flash.hopper import listed_forward
+
+    return listed_forward(q, k, v, forward, Mask.decode(mask), tile_k, scale)
+
+
+@flash_listed.register_fake
+def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+@torch.library.custom_op("longgen::flash_listed_backward", mutates_args=(), device_types="cuda")
+def flash_listed_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    backward: list[Tensor],
+    strided: list[Tensor],
+    mask: str,
+    strided_mask: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
+    from longgen.attention.flash.hopper import listed_backward
+
+    return listed_backward(
+        *(grad, grad_lse, q, k, v, out, lse),
+        backward,
+        Mask.decode(mask),
+        strided,
+        Mask.decode(strided_mask) if strided_mask else None,
+        scale,
+    )
+
+
+@flash_listed_backward.register_fake
+def _(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save_listed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, _, backward, strided, ctx.mask, ctx.strided_mask, _, ctx.scale = inputs
+    ctx.split = len(backward)
+    ctx.save_for_backward(q, k, v, *output, *backward, *strided)
+    ctx.set_materialize_grads(False)
+
+
+def _listed_gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, *tables = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
+    grads = flash_listed_backward(
+        *(grad, grad_lse, q, k, v, out, lse),
+        tables[: ctx.split],
+        tables[ctx.split :],
+        ctx.mask,
+        ctx.strided_mask,
+        ctx.scale,
+    )
+    return *grads, *[None] * 7
+
+
+flash_listed.register_autograd(_listed_gradients, setup_context=_save_listed)
+
+
+@torch.library.custom_op("longgen::flash_dense", mutates_args=(), device_types="cuda")
+def flash_dense(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend causally, q (B, T, H, D) to the last key of k, v (B, S, Hkv, D); or, with cumulative
+    lengths, within packed documents (N, H, D). Returns out and lse (B, H, T) or (H, N) in fp32."""
+    from longgen.attention.flash.hopper import dense_forward
+
+    return dense_forward(q, k, v, cu_seqlens, scale)
+
+
+@flash_dense.register_fake
+def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("longgen::flash_dense_backward", mutates_args=(), device_types="cuda")
+def flash_dense_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
+    from longgen.attention.flash.hopper import dense_backward
+
+    return dense_backward(grad, grad_lse, q, k, v, out, lse, cu_seqlens, scale)
+
+
+@flash_dense_backward.register_fake
+def _(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _dense_gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
+    grads = flash_dense_backward(grad, grad_lse, q, k, v, out, lse, cu_seqlens, ctx.scale)
+    return *grads, None, None
+
+
+flash_dense.register_autograd(_dense_gradients, setup_context=_save_dense)
