@@ -367,7 +367,7 @@ def listed_forward(
     """Run the forward kernel over lists; returns out (B, T, H, D) and lse (B, H, T) in fp32."""
     batch, length, heads, head_dim = q.shape
     q, k, v = _ready(q, k, v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = _empty_like(q)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     key = (ARCH, q.dtype, head_dim, mask, tile_k, programs)
@@ -383,6 +383,32 @@ def listed_forward(
         None,
     )
     return out, lse
+
+
+class _Part(NamedTuple):
+    """One launch of the backward kernel: its keys and values (B, S, Hkv, D), work, and results."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    work: list[torch.Tensor]
+    mask: Mask
+    dk: torch.Tensor
+    dv: torch.Tensor
+    # What the kernel adds to where query heads share keys: fp32, in an order of its own.
+    dk_sums: torch.Tensor | None
+    dv_sums: torch.Tensor | None
+
+    @classmethod
+    def of(cls, k: torch.Tensor, v: torch.Tensor, work: list[torch.Tensor], mask: Mask) -> _Part:
+        dk, dv = _empty_like(k), _empty_like(v)
+        if mask.group == 1:
+            return cls(k, v, work, mask, dk, dv, None, None)
+        batch, length, heads, head_dim = k.shape
+        size = _up(length, TILE_K) * _up(head_dim, _HEAD_STEP)
+        sums = (
+            torch.zeros(batch, heads, size, dtype=torch.float32, device=k.device) for _ in range(2)
+        )
+        return cls(k, v, work, mask, dk, dv, *sums)
 
 
 def listed_backward(
@@ -403,73 +429,9 @@ def listed_backward(
     grad, q, k, v, out = _ready(grad, q, k, v, out)
     batch, length, heads, head_dim = q.shape
     tile = _backward_tile(head_dim)
-    rows = _up(length, tile.m_block_size)
-    width = _up(head_dim, _HEAD_STEP)
-    element = _TYPES[q.dtype]
-    floats: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    dq_sums = torch.empty(batch, heads, rows * width, **floats)
-    products, lse_log2 = (torch.empty(batch, heads, rows, **floats) for _ in range(2))
-    interface._bwd_preprocess(
-        *(out, grad, products, lse, lse_log2, dq_sums, None, None),
-        None if grad_lse is None else grad_lse.contiguous(),
-        *(element, head_dim, head_dim, tile.m_block_size),
-        hdim_multiple_of=_HEAD_STEP,
-        fake_mode=False,
-    )
-
-    def add(
-        k: torch.Tensor, v: torch.Tensor, work: list[torch.Tensor], mask: Mask
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add one launch's part to dq_sums; return its dk and dv."""
-        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-        sums: tuple[torch.Tensor, ...] = (dk, dv)
-        if mask.group > 1:
-            size = _up(k.shape[1], TILE_K) * width
-            sums = tuple(torch.zeros(batch, k.shape[2], size, **floats) for _ in range(2))
-        key = (ARCH, q.dtype, head_dim, mask)
-        if key not in _BACKWARD:
-            _BACKWARD[key] = _compile_backward(*key[1:])
-        _BACKWARD[key](
-            *(q, k, v, grad, lse_log2, products, dq_sums, *sums, scale),
-            *[None] * 9,
-            AuxData(work[2:] or None, None),
-            (*work[:2], None, None, None, None, None, None),
-            None,
-        )
-        if mask.group > 1:
-            for part, target, factor in ((sums[0], dk, scale), (sums[1], dv, 1.0)):
-                _round(part, target, factor, TILE_K, tile.AtomLayoutNdKV, tile.dKV_swapAB)
-        return dk, dv
-
-    def _round(
-        sums: torch.Tensor,
-        target: torch.Tensor,
-        factor: float,
-        rows: int,
-        atoms: int,
-        swap: bool,
-        threads: int = tile.num_wg * 128,
-    ) -> None:
-        interface._bwd_postprocess_convert(
-            *(
-                sums,
-                target,
-                factor,
-                None,
-                None,
-                ARCH,
-                element,
-                head_dim,
-                rows,
-                threads,
-                atoms,
-                swap,
-            ),
-            hdim_multiple_of=_HEAD_STEP,
-            fake_mode=False,
-        )
-
-    dk, dv = add(k, v, backward, mask)
+    # All that kernels read is made before the first: they are launched before the one ahead of
+    # them has ended, and wait only for what the kernel that prepares them wrote.
+    parts = [_Part.of(k, v, backward, mask)]
     if strided_mask is not None:
         columns, *work = strided
         place = (
@@ -477,14 +439,57 @@ def listed_backward(
             columns.transpose(1, 2),
             torch.arange(k.shape[2], device=q.device)[None, None, :],
         )
-        for part, target in zip(add(k[place], v[place], work, strided_mask), (dk, dv), strict=True):
-            # Columns are unique but for padding, which adds zeros.
-            target.index_put_(place, part, accumulate=True)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    threads = 128 if tile.dQ_single_wg else tile.num_wg * 128
-    _round(
-        dq_sums, dq, scale, tile.m_block_size, tile.AtomLayoutMdQ, tile.dQ_swapAB, threads=threads
+        parts.append(_Part.of(k[place], v[place], work, strided_mask))
+    rows = _up(length, tile.m_block_size)
+    floats: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    dq_sums = torch.empty(batch, heads, rows * _up(head_dim, _HEAD_STEP), **floats)
+    products, lse_log2 = (torch.empty(batch, heads, rows, **floats) for _ in range(2))
+    # Rows of grad . out (less the gradient of lse), lse by the logarithm to base 2, and zeros.
+    interface._bwd_preprocess(
+        *(out, grad, products, lse, lse_log2, dq_sums, None, None),
+        None if grad_lse is None else grad_lse.contiguous(),
+        *(_TYPES[q.dtype], head_dim, head_dim, tile.m_block_size),
+        hdim_multiple_of=_HEAD_STEP,
+        fake_mode=False,
     )
+    for part in parts:
+        key = (ARCH, q.dtype, head_dim, part.mask)
+        if key not in _BACKWARD:
+            _BACKWARD[key] = _compile_backward(*key[1:])
+        shared = part.dk_sums is not None
+        _BACKWARD[key](
+            *(q, part.k, part.v, grad, lse_log2, products, dq_sums),
+            *((part.dk_sums, part.dv_sums) if shared else (part.dk, part.dv)),
+            scale,
+            *[None] * 9,
+            AuxData(part.work[2:] or None, None),
+            (*part.work[:2], None, None, None, None, None, None),
+            None,
+        )
+
+    def put(
+        sums: torch.Tensor, target: torch.Tensor, factor: float, layout: tuple[Any, ...]
+    ) -> None:
+        interface._bwd_postprocess_convert(
+            *(sums, target, factor, None, None, ARCH, _TYPES[q.dtype], head_dim, *layout),
+            hdim_multiple_of=_HEAD_STEP,
+            fake_mode=False,
+        )
+
+    threads = tile.num_wg * 128
+    for part in parts:
+        if part.dk_sums is not None and part.dv_sums is not None:
+            layout = (TILE_K, threads, tile.AtomLayoutNdKV, tile.dKV_swapAB)
+            put(part.dk_sums, part.dk, scale, layout)
+            put(part.dv_sums, part.dv, 1.0, layout)
+    dq = _empty_like(q)
+    threads = 128 if tile.dQ_single_wg else threads
+    put(dq_sums, dq, scale, (tile.m_block_size, threads, tile.AtomLayoutMdQ, tile.dQ_swapAB))
+    dk, dv = parts[0].dk, parts[0].dv
+    for part in parts[1:]:
+        # Columns are unique but for padding, which adds zeros.
+        dk.index_put_(place, part.dk, accumulate=True)
+        dv.index_put_(place, part.dv, accumulate=True)
     return dq, dk, dv
 
 
@@ -518,7 +523,7 @@ def dense_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dq, dk, dv of `dense_forward`."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (_empty_like(x) for x in (q, k, v))
     interface._flash_attn_bwd(
         *_ready(q, k, v, out, grad),
         lse,
@@ -532,6 +537,11 @@ def dense_backward(
         dv=dv,
     )
     return dq, dk, dv
+
+
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    """Return an empty tensor like x, contiguous whatever x is."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _up(size: int, step: int) -> int:
@@ -549,4 +559,7 @@ def _ready(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             and all(stride % step == 0 for stride in x.stride()[:-1])
         )
 
-    return tuple(x if is_ready(x) else x.contiguous().clone() for x in tensors)
+    def made_ready(x: torch.Tensor) -> torch.Tensor:
+        return x.clone(memory_format=torch.contiguous_format)
+
+    return tuple(x if is_ready(x) else made_ready(x) for x in tensors)
