@@ -23,7 +23,9 @@ from longgen.attention.flash.plan import Mask
 from longgen.pattern import SparsePattern
 
 head_dim, group = int(sys.argv[1]), int(sys.argv[2])
-pattern = SparsePattern(block_size=100, sink_blocks=1, local_blocks=2, stride_blocks=3, head_shift=1)
+pattern = SparsePattern(
+    block_size=100, sink_blocks=1, local_blocks=2, stride_blocks=3, head_shift=1
+)
 masks = [
     Mask(pattern, group=group),
     Mask(
