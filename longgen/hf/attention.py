@@ -4,7 +4,7 @@ sees."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.modeling_utils import AttentionInterface
@@ -33,6 +33,16 @@ class LayerLayouts:
         return self.full if self.plan.layers[layer_idx] == "F" else self.sparse
 
 
+class AttentionStep(Protocol):
+    """What an engine with a cache of its own passes through the model to do the attending."""
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """Attend in one layer: q (B, H, T, D), k and v (B, Hkv, T, D) to (B, T, H, D)."""
+        ...
+
+
 def check_attention_name(requested: str | None) -> str:
     """Return the attention to use, refusing any that does not know the pattern."""
     if requested is None:
@@ -55,12 +65,15 @@ def longgen_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     longgen_layouts: LayerLayouts | None = None,
+    longgen_step: AttentionStep | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend in one layer; query (B, H, T, D), key and value (B, Hkv, S, D), rotary applied;
     returns (B, T, H, D)."""
     config: Any = module.config
     layer_idx: Any = module.layer_idx
+    if longgen_step is not None:
+        return longgen_step.attend(layer_idx, query, key, value, scaling), None
     if longgen_layouts is None:
         raise UsageError(
             f"The longgen attention runs only inside LongGen models; {type(module).__name__} was "

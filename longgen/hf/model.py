@@ -133,6 +133,17 @@ class HybridModelMixin(_RefusesOtherAttention):
         batch_size, length = tokens.shape[:2]
         if not length:
             raise UsageError("The input has no tokens; give at least one.")
+        mask = dict.fromkeys(set(self.config.layer_types)) if self.masks_by_layer_type else None
+        if kwargs.get("longgen_step") is not None:
+            # An engine that keeps the cache itself, and knows where its tokens stand.
+            return super().forward(  # type: ignore[misc, no-any-return]
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=False,
+                **kwargs,
+            )
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
         if past_key_values is not None and not isinstance(past_key_values, HybridCache):
@@ -169,7 +180,6 @@ class HybridModelMixin(_RefusesOtherAttention):
             # computes in bf16 throughout).
             dtype = torch.get_autocast_dtype(tokens.device.type)
             input_ids, inputs_embeds = None, self.embed_tokens(input_ids).to(dtype)  # type: ignore[attr-defined]
-        mask = dict.fromkeys(set(self.config.layer_types)) if self.masks_by_layer_type else None
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=mask,

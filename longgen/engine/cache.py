@@ -1,0 +1,223 @@
+"""The engine's keys and values: pages for full layers, fixed slots for sparse ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from longgen.engine.slots import SlotGeometry
+from longgen.errors import UsageError
+from longgen.hf.cache import cache_layout
+from longgen.layout import PADDING, Layout
+from longgen.plan import LayerPlan
+
+
+class Pool:
+    """Hand out numbers 0 .. size - 1, lowest first, and take them back."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._free = list(range(size - 1, -1, -1))
+        self._used: set[int] = set()
+
+    @property
+    def num_free(self) -> int:
+        """How many can still be handed out."""
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Hand out `count` numbers; the caller has looked at `num_free`."""
+        if count > len(self._free):
+            raise RuntimeError(f"{count} asked for, {len(self._free)} are free")
+        taken = [self._free.pop() for _ in range(count)]
+        self._used.update(taken)
+        return taken
+
+    def give_back(self, numbers: Sequence[int]) -> None:
+        """Take numbers back."""
+        for number in numbers:
+            self._used.remove(number)
+            self._free.append(number)
+
+
+class EngineCache:
+    """Hold the keys and values of all sequences that are running.
+
+    Full layers keep tokens in pages that a sequence takes as it grows; its block table lists them.
+    Sparse layers keep a slot of fixed length a sequence: what the pattern still needs, never more.
+
+    Args:
+        plan: which layers are full, and the others' pattern.
+        num_key_value_heads: key/value heads Hkv.
+        head_dim: head size D.
+        num_pages: pages of a full layer.
+        page_size: tokens a page.
+        num_slots: sequences that can run at once.
+        max_length: the longest sequence, in tokens.
+        dtype: of keys and values.
+        device: where they are.
+    """
+
+    def __init__(
+        self,
+        plan: LayerPlan,
+        num_key_value_heads: int,
+        head_dim: int,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_slots: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.plan, self.page_size, self.max_length = plan, page_size, max_length
+        self.num_heads = num_key_value_heads
+        self.device = device
+        self.pages, self.slots = Pool(num_pages), Pool(num_slots)
+        self.geometry = SlotGeometry(plan.pattern, num_key_value_heads, max_length, device)
+        heads = (num_key_value_heads, head_dim)
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        for kind in plan.layers:
+            if kind == "F":
+                shape = (num_pages, page_size, *heads)
+            else:
+                shape = (num_slots, self.geometry.capacity, *heads)
+            # Zeros, not whatever was there: what is masked out must still be a number.
+            self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
+            self.values.append(torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that all pages and slots hold, used or not."""
+        return sum(x.untyped_storage().nbytes() for x in (*self.keys, *self.values))
+
+    def num_pages_for(self, length: int) -> int:
+        """Return the pages that `length` tokens take in each full layer."""
+        return -(-length // self.page_size) if "F" in self.plan.layers else 0
+
+    def bytes_of(self, length: int) -> int:
+        """Return the bytes that a sequence of `length` tokens takes, its whole slot counted."""
+        total = 0
+        for kind, keys in zip(self.plan.layers, self.keys, strict=True):
+            token = 2 * keys.element_size() * keys.shape[2] * keys.shape[3]
+            held = (
+                self.num_pages_for(length) * self.page_size
+                if kind == "F"
+                else self.geometry.capacity
+            )
+            total += held * token
+        return total
+
+
+class Span:
+    """Describe the tokens of one sequence that go through the model in one step.
+
+    Attributes:
+        start: tokens of the sequence that the cache holds already.
+        length: new tokens.
+        slot: the sequence's slot.
+        block_table: its pages, in order.
+    """
+
+    def __init__(
+        self, cache: EngineCache, start: int, length: int, slot: int, block_table: Sequence[int]
+    ) -> None:
+        if length < 1 or start + length > cache.max_length:
+            raise UsageError(
+                f"A sequence of {start} tokens cannot grow by {length}: the engine was made for "
+                f"1 to {cache.max_length} tokens."
+            )
+        self.cache, self.start, self.length, self.slot = cache, start, length, slot
+        pattern, heads = cache.plan.pattern, cache.num_heads
+        device = cache.device
+        self.full_layout = Layout.causal(length, start + length)
+        self.sparse_layout = cache_layout(pattern, start, length, (0,), heads)
+        self.table = torch.tensor(list(block_table), dtype=torch.long, device=device)
+        places = torch.arange(start, start + length, device=device)
+        page = places // cache.page_size
+        self.places = (
+            self.table[page] * cache.page_size + places % cache.page_size
+            if len(self.table)
+            else places
+        )
+        self._held = self._held_entries()
+        self._moves = self._entries_after()
+
+    def _held_entries(self) -> torch.Tensor | None:
+        """Return the entries that hold what the layout lists before the new keys, (num_maps, K)."""
+        if not self.start:
+            return None
+        documents, positions = self.sparse_layout.key_places()
+        old = self.sparse_layout.num_keys - self.length
+        device = self.cache.device
+        held = torch.from_numpy(np.where(documents != PADDING, positions, 0)[0, :, :old]).to(device)
+        return self.cache.geometry.entries(
+            held[None].long(), torch.tensor([self.start], device=device)
+        )[0]
+
+    def _entries_after(self) -> tuple[torch.Tensor, ...]:
+        """Return what changes in the slot: for each map, which entries, from which old entries or
+        new tokens: index tensors (maps, entries, sources), new tokens counted behind the slot."""
+        geometry = self.cache.geometry
+        device = self.cache.device
+        before, after = (
+            torch.tensor([n], device=device) for n in (self.start, self.start + self.length)
+        )
+        positions = geometry.positions(after)
+        old_entries = geometry.entries(positions, before)
+        entry = torch.arange(geometry.capacity, device=device)
+        is_new = positions >= self.start
+        source = torch.where(is_new, geometry.capacity + positions - self.start, old_entries)
+        changed = (positions >= 0) & (is_new | (old_entries != entry))
+        maps, entries = changed[0].nonzero(as_tuple=True)
+        return maps, entries, source[0, maps, entries]
+
+    def write_full(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store new keys and values (T, Hkv, D) in a full layer."""
+        cache = self.cache
+        for store, new in ((cache.keys[layer], k), (cache.values[layer], v)):
+            store.view(-1, *store.shape[2:])[self.places] = new.to(store.dtype)
+
+    def read_full(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values so far, (1, S, Hkv, D) each."""
+        cache, length = self.cache, self.start + self.length
+        pages = self.table[: cache.num_pages_for(length)]
+        k, v = (
+            store[pages].flatten(0, 1)[None, :length]
+            for store in (cache.keys[layer], cache.values[layer])
+        )
+        return k, v
+
+    def swap_sparse(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the new queries see, held and new, (1, S, Hkv, D) each; keep what later ones
+        need.
+
+        Args:
+            layer: the sparse layer.
+            k: new keys (T, Hkv, D).
+            v: new values (T, Hkv, D).
+        """
+        cache = self.cache
+        seen = []
+        for store, new in ((cache.keys[layer], k), (cache.values[layer], v)):
+            slot, new = store[self.slot], new.to(store.dtype)
+            both = torch.cat([slot, new])
+            if self._held is None:
+                seen.append(new[None])
+            elif len(self._held) == 1:
+                seen.append(torch.cat([slot[self._held[0]], new])[None])
+            else:
+                heads = torch.arange(cache.num_heads, device=cache.device)
+                seen.append(torch.cat([slot[self._held.T, heads], new])[None])
+            maps, entries, source = self._moves
+            if cache.geometry.num_maps == 1:
+                slot[entries] = both[source]
+            else:
+                slot[entries, maps] = both[source, maps]
+        return seen[0], seen[1]

@@ -1,0 +1,375 @@
+"""The engine: many requests through one hybrid model, a step at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+
+from longgen.engine.cache import EngineCache, Span
+from longgen.engine.decode import DecodeBatch
+from longgen.engine.request import Request, RequestOutput, State
+from longgen.engine.sampling import Sampler, SamplingParams, SamplingRow
+from longgen.engine.scheduler import Scheduler
+from longgen.engine.step import Step, run
+from longgen.engine.text import IncrementalDetokenizer, StopStrings
+from longgen.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Generate with a hybrid model for many requests at once.
+
+    Requests come and go between steps (continuous batching). Each `step` reads a piece of some
+    prompts and writes a token for the others; `stream` and `generate` call it until theirs are
+    done.
+
+    Args:
+        model: a LongGen causal language model, on its device.
+        tokenizer: its tokenizer; None where prompts and results are token ids.
+        max_length: the longest sequence, prompt and output; None takes the model's context.
+        max_sequences: sequences that run at once.
+        num_pages: pages of a full layer's cache; None has room for `max_sequences` of the longest.
+        page_size: tokens a page.
+        max_batched_tokens: tokens that go through the model in a step, at most.
+        prefill_chunk: tokens of one prompt in a step, at most; None is the same number.
+        impl: the attention implementation (`longgen.attention`).
+
+    Raises:
+        UsageError: if the model is no hybrid, or a number makes no sense.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        max_length: int | None = None,
+        max_sequences: int = 8,
+        num_pages: int | None = None,
+        page_size: int = 128,
+        max_batched_tokens: int = 8192,
+        prefill_chunk: int | None = None,
+        impl: str = "auto",
+    ) -> None:
+        config = model.config
+        if not hasattr(config, "layer_plan"):
+            raise UsageError(
+                f"The engine runs LongGen hybrids, and {type(model).__name__} isn't one. Convert "
+                "its checkpoint with `longgen convert` (with --full-layers all if none of its "
+                "layers is to be sparse)."
+            )
+        limits = {
+            "max_length": max_length,
+            "max_sequences": max_sequences,
+            "num_pages": num_pages,
+            "page_size": page_size,
+            "max_batched_tokens": max_batched_tokens,
+            "prefill_chunk": prefill_chunk,
+        }
+        for name, value in limits.items():
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; give a whole number of at least 1.")
+        context = config.max_position_embeddings
+        if max_length is not None and max_length > context:
+            raise UsageError(
+                f"max_length is {max_length} tokens, the model was made for {context}. Give at "
+                "most that, or extend the model."
+            )
+        if max_batched_tokens < max_sequences:
+            raise UsageError(
+                f"max_batched_tokens is {max_batched_tokens}, too few for a token of each of "
+                f"{max_sequences} sequences. Raise it or lower max_sequences."
+            )
+        max_length = max_length or context
+        pages = -(-max_length // page_size)
+        if num_pages is not None and num_pages < pages:
+            max_length = num_pages * page_size
+        self.model, self.tokenizer, self.impl = model.eval(), tokenizer, impl
+        self.cache = EngineCache(
+            config.layer_plan,
+            config.num_key_value_heads,
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            num_pages=pages * max_sequences if num_pages is None else num_pages,
+            page_size=page_size,
+            num_slots=max_sequences,
+            max_length=max_length,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self.scheduler = Scheduler(
+            self.cache, max_batched_tokens, prefill_chunk or max_batched_tokens
+        )
+        self.sampler = Sampler()
+        self.requests: dict[str, Request] = {}
+        self._numbers = count()
+        self._ended: list[RequestOutput] = []
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        self.eos_token_ids = set([eos] if isinstance(eos, int) else eos or ())
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, prompt and output, in tokens."""
+        return self.cache.max_length
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs, or has an end that no step has told yet."""
+        return bool(self.requests or self._ended)
+
+    def add_request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Queue a request.
+
+        Args:
+            prompt: text, or token ids.
+            params: how to choose tokens and when to stop.
+            request_id: its name; None makes one.
+
+        Returns:
+            its name.
+
+        Raises:
+            UsageError: if the prompt is empty, too long, or has tokens that the model doesn't know;
+                or the name is taken.
+        """
+        params = params or SamplingParams()
+        request_id = str(next(self._numbers)) if request_id is None else request_id
+        if request_id in self.requests:
+            raise UsageError(f"There is a request {request_id!r} already; give another name.")
+        ids = self._encode(prompt)
+        if params.stop and self.tokenizer is None:
+            raise UsageError(
+                f"stop is {list(params.stop)}, but the engine has no tokenizer to find text with. "
+                "Give it one, or use stop_token_ids."
+            )
+        request = Request(
+            request_id,
+            ids,
+            params,
+            SamplingRow(params, ids),
+            IncrementalDetokenizer(self.tokenizer) if self.tokenizer is not None else None,
+            StopStrings(params.stop) if params.stop else None,
+        )
+        self.requests[request_id] = request
+        self.scheduler.add(request)
+        return request_id
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UsageError("The engine has no tokenizer; give token ids instead of text.")
+            ids = list(self.tokenizer(prompt)["input_ids"])
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise UsageError("The prompt is empty; give at least one token.")
+        vocabulary = self.model.config.vocab_size
+        unknown = next((token for token in ids if not 0 <= token < vocabulary), None)
+        if unknown is not None:
+            raise UsageError(
+                f"The prompt has the token {unknown}; the model knows 0 to {vocabulary - 1}."
+            )
+        if len(ids) >= self.max_length:
+            raise UsageError(
+                f"The prompt has {len(ids):,} tokens; the engine holds sequences of up to "
+                f"{self.max_length:,} and needs room for at least one more. Shorten it, or raise "
+                "max_length or num_pages."
+            )
+        return ids
+
+    def cancel(self, request_id: str) -> None:
+        """End a request and free what it holds at once; one that has ended is left alone."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._end(request, "cancelled")
+
+    def step(self) -> list[RequestOutput]:
+        """Run the model once, and return what that brought each request."""
+        batch = self.scheduler.schedule()
+        outputs = self._run(batch) if batch else []
+        ended, self._ended = self._ended, []
+        return [*ended, *outputs]
+
+    def _run(self, batch: list[tuple[Request, int]]) -> list[RequestOutput]:
+        # Prompts first: what decodes is one batch behind them.
+        batch = sorted(batch, key=lambda item: self._decodes(*item))
+        tokens: list[int] = []
+        rows: list[int] = []
+        writing: list[Request] = []
+        spans: list[Span] = []
+        decoding: list[Request] = []
+        try:
+            for request, length in batch:
+                assert request.slot is not None
+                start = request.num_cached
+                if self._decodes(request, length):
+                    decoding.append(request)
+                else:
+                    place = request.slot, request.block_table
+                    spans.append(Span(self.cache, start, length, *place))
+                tokens += request.tokens(start, start + length)
+                if length == request.num_left:
+                    rows.append(len(tokens) - 1)
+                    writing.append(request)
+            step = Step(self.cache, spans, self._decode_batch(decoding), self.impl)
+            logits = run(self.model, step, tokens, rows)
+        except torch.OutOfMemoryError as error:
+            self._out_of_memory(batch, error)
+            return []
+        for request, length in batch:
+            request.num_cached += length
+        if not writing:
+            return []
+        chosen = self.sampler.sample(logits, [request.row for request in writing])
+        return [
+            output
+            for request, token in zip(writing, chosen.tolist(), strict=True)
+            if (output := self._put(request, token)) is not None
+        ]
+
+    @staticmethod
+    def _decodes(request: Request, length: int) -> bool:
+        """Whether a request's part of a step is one token after others that the cache holds."""
+        return length == 1 and request.num_cached > 0
+
+    def _decode_batch(self, requests: list[Request]) -> DecodeBatch | None:
+        if not requests:
+            return None
+        return DecodeBatch.of(
+            self.cache,
+            [request.num_cached + 1 for request in requests],
+            [request.slot or 0 for request in requests],
+            [request.block_table for request in requests],
+        )
+
+    def _out_of_memory(self, batch: list[tuple[Request, int]], error: Exception) -> None:
+        """Have all but one tried again, in smaller pieces; give up a request that fails alone."""
+        longest, length = max(batch, key=lambda item: item[1])
+        # Layers before the one that failed have stored their tokens already.
+        for request, _ in reversed(sorted(batch, key=lambda item: self._turn(item[0]))):
+            self.scheduler.recompute(request)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        smallest = self.cache.page_size
+        if length > smallest:
+            self.scheduler.prefill_chunk = max(length // 2, smallest)
+            logger.warning(
+                "Out of memory with %d tokens of a prompt at a time; going on with %d.",
+                length,
+                self.scheduler.prefill_chunk,
+            )
+            return
+        self._end(longest, "error", f"Not enough memory for this request: {error}")
+
+    def _turn(self, request: Request) -> int:
+        return list(self.requests).index(request.id)
+
+    def _put(self, request: Request, token: int) -> RequestOutput | None:
+        """Add a chosen token to its request."""
+        params = request.params
+        is_end = token in params.stop_token_ids or (
+            token in self.eos_token_ids and not params.ignore_eos
+        )
+        request.output.append(token)
+        request.row.add(token)
+        text = ""
+        reason = "stop" if is_end else None
+        if request.detokenizer is not None and not is_end:
+            text = request.detokenizer.add(token)
+            if request.stop_strings is not None:
+                text, stopped = request.stop_strings.push(text)
+                reason = "stop" if stopped else None
+        if reason is None and (
+            len(request.output) >= params.max_tokens or request.num_tokens >= self.max_length
+        ):
+            reason = "length"
+        if reason is None:
+            return RequestOutput(request.id, text, (token,))
+        self._end(request, reason, told=False, stopped=reason == "stop" and not is_end)
+        rest = self._rest(request, stopped=reason == "stop" and not is_end)
+        return RequestOutput(request.id, text + rest, (token,), reason)
+
+    def _rest(self, request: Request, stopped: bool) -> str:
+        """Return the text that was held back in case more belonged to it."""
+        if request.detokenizer is None or stopped:
+            return ""
+        rest = request.detokenizer.flush()
+        if request.stop_strings is not None:
+            rest, found = request.stop_strings.push(rest)
+            rest += "" if found else request.stop_strings.flush()
+        return rest
+
+    def _end(
+        self,
+        request: Request,
+        reason: str,
+        error: str | None = None,
+        *,
+        told: bool = True,
+        stopped: bool = False,
+    ) -> None:
+        self.scheduler.remove(request)
+        request.finish_reason, request.error = reason, error
+        del self.requests[request.id]
+        if told:
+            text = self._rest(request, stopped)
+            self._ended.append(RequestOutput(request.id, text, (), reason, error))
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Run one request and yield what each step brings it; closing the iterator cancels it.
+
+        Other requests go on at the same time; what they bring meanwhile is not kept.
+        """
+        request_id = self.add_request(prompt, params)
+        try:
+            while request_id in self.requests:
+                yield from (out for out in self.step() if out.id == request_id)
+        finally:
+            self.cancel(request_id)
+
+    def generate(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Request]:
+        """Run requests to their ends.
+
+        Args:
+            prompts: texts or token ids.
+            params: for all, or one a prompt.
+
+        Returns:
+            the requests, in the order of the prompts, with `output`, `finish_reason` and, given a
+            tokenizer, `detokenizer.text`.
+        """
+        prompts = list(prompts)
+        each = (
+            [params] * len(prompts)
+            if params is None or isinstance(params, SamplingParams)
+            else list(params)
+        )
+        if len(each) != len(prompts):
+            raise UsageError(f"There are {len(prompts)} prompts but {len(each)} params.")
+        names: list[str] = []
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                names.append(self.add_request(prompt, own))
+            requests = [self.requests[name] for name in names]
+            while any(request.state is not State.FINISHED for request in requests):
+                self.step()
+        except BaseException:
+            for name in names:
+                self.cancel(name)
+            raise
+        return requests

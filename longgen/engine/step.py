@@ -1,0 +1,110 @@
+"""One pass of the model over new tokens of many sequences, laid end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from longgen.attention import attention
+from longgen.engine.cache import EngineCache, Span
+from longgen.engine.decode import DecodeBatch
+
+
+class Step:
+    """Attend for the layers of one pass: each sequence to its own past.
+
+    Args:
+        cache: keys and values of all sequences.
+        spans: pieces of prompts, in the order of the batch.
+        decode: the sequences of which one token follows behind those; None if there are none.
+        impl: the attention implementation of the prompts (`longgen.attention`).
+    """
+
+    def __init__(
+        self,
+        cache: EngineCache,
+        spans: Sequence[Span],
+        decode: DecodeBatch | None = None,
+        impl: str = "auto",
+    ) -> None:
+        self.cache, self.spans, self.decode, self.impl = cache, list(spans), decode, impl
+
+    def positions(self) -> torch.Tensor:
+        """Return the position of every token in its sequence, (N,)."""
+        device = self.cache.device
+        parts = [
+            torch.arange(span.start, span.start + span.length, device=device) for span in self.spans
+        ]
+        if self.decode is not None:
+            parts.append(self.decode.lengths - 1)
+        return torch.cat(parts)
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """Store the new keys and values of a layer and attend.
+
+        Args:
+            layer: index of the layer.
+            q: queries (1, H, N, D), rotary applied; N new tokens in all.
+            k: keys (1, Hkv, N, D).
+            v: values (1, Hkv, N, D).
+            scale: factor on the scores.
+
+        Returns:
+            (1, N, H, D).
+        """
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        is_full = self.cache.plan.layers[layer] == "F"
+        pattern = self.cache.plan.pattern_of(layer)
+        outputs, begin = [], 0
+        for span in self.spans:
+            own = slice(begin, begin + span.length)
+            begin += span.length
+            queries, keys, values = (x[0, :, own].transpose(0, 1) for x in (q, k, v))
+            if is_full:
+                span.write_full(layer, keys, values)
+                layout = span.full_layout
+                held = span.read_full(layer)
+            else:
+                layout = span.sparse_layout
+                held = span.swap_sparse(layer, keys, values)
+            outputs.append(
+                attention(
+                    queries[None],
+                    *(x.to(q.dtype) for x in held),
+                    pattern=pattern,
+                    layout=layout,
+                    scale=scale,
+                    impl=self.impl,
+                )
+            )
+        if self.decode is not None:
+            rows = (x[0, :, begin:].transpose(0, 1) for x in (q, k, v))
+            outputs.append(self.decode.attend(layer, *rows, scale)[None])
+        return torch.cat(outputs, 1)
+
+
+@torch.inference_mode()
+def run(model: Any, step: Step, tokens: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+    """Run a hybrid model over the new tokens of a step.
+
+    Args:
+        model: a LongGen causal language model.
+        step: the sequences and their cache.
+        tokens: the new tokens, end to end (N): spans, then those that decode.
+        rows: of which of them logits are wanted.
+
+    Returns:
+        logits (len(rows), vocabulary).
+    """
+    device = step.cache.device
+    hidden = model.model(
+        input_ids=torch.tensor([list(tokens)], device=device),
+        position_ids=step.positions()[None],
+        use_cache=False,
+        longgen_step=step,
+    ).last_hidden_state
+    return model.lm_head(hidden[0, list(rows)])
