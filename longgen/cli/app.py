@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from longgen import __version__
+from longgen.cli.bench import bench
 from longgen.cli.console import print_error
 from longgen.cli.convert import convert
 from longgen.cli.evaluate import evaluate
@@ -76,6 +77,7 @@ app.command(cls=SeveralValues)(extend)
 app.command()(convert)
 app.command(cls=SeveralValues)(evaluate)
 app.command()(generate)
+app.add_typer(bench, name="bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -102,7 +102,7 @@ def measure_cost(
                 with evaluating(model):
                     cost = _measure(model, cost, decode_steps, repeats, warmup, seed)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 too_long = length
                 cost = replace(cost, error=f"Out of memory at {length:,} tokens on {model.device}.")
@@ -173,7 +173,8 @@ def _timed(device: torch.device, work: Callable[[], Cache]) -> tuple[Cache, floa
         return result, start.elapsed_time(end) / 1000
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an exception means that a GPU or the machine has no memory left."""
     # The CPU allocator raises a bare RuntimeError that can only be told by its text.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(
         error

@@ -7,12 +7,14 @@ install longgen[plots]`.
 """
 
 from collections.abc import Callable, Mapping
-from io import BytesIO
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from longgen.errors import UsageError
+from longgen.evaluate.figures import GREY, canvas
+from longgen.evaluate.figures import finish as _finish
+from longgen.evaluate.figures import save as _save
 from longgen.evaluate.results import (
     VARIANTS,
     Row,
@@ -21,15 +23,12 @@ from longgen.evaluate.results import (
     say_bytes,
     say_tokens,
     select,
-    write_atomically,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 150
-GREY = "#595959"
 STYLES = {
     "original": ("#000000", "s", ":"),
     "full": ("#0072B2", "o", "--"),
@@ -295,31 +294,8 @@ def _write_ends(axes: "Axes", ends: list[tuple[int, float, str, str]]) -> None:
 def _figure(
     width: float, height: float, least: tuple[float, float] = (0, 0)
 ) -> "tuple[Figure, Axes]":
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise UsageError(
-            "Drawing needs matplotlib, which is not installed; run: pip install 'longgen[plots]'."
-        ) from error
-    # A bare Figure, without pyplot: no window system, no global state, nothing to close.
-    size = (max(width, least[0]), max(height, least[1]))
-    figure = Figure(size, dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    figure = canvas(max(width, least[0]), max(height, least[1]))
     return figure, figure.subplots()
-
-
-def _save(figure: "Figure", path: str | Path) -> Path:
-    image = BytesIO()
-    figure.savefig(image, facecolor="white", format="png")
-    write_atomically(Path(path), image.getvalue())
-    return Path(path)
-
-
-def _finish(axes: "Axes", found: Mapping[str, object]) -> None:
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(edgecolor="none", framealpha=0.8, fontsize=9, ncols=1 if len(found) < 5 else 2)
 
 
 def _styles(found: Mapping[str, object]) -> list[dict[str, Any]]:

@@ -42,6 +42,7 @@ def write_results(
     extra: Mapping[str, object] | None = None,
     device: str | torch.device | None = None,
     gpus: int | None = None,
+    packages: Sequence[str] = (),
 ) -> Path:
     """Write rows with card, date, commit, command, versions and seed; the file appears whole or not
     at all.
@@ -56,6 +57,7 @@ def write_results(
         extra: further keys for the top level, for example the model or the minutes taken.
         device: where the model ran; by default the GPU if there is one.
         gpus: how many were used; by default 1 on a GPU and 0 on a CPU.
+        packages: others beside `PACKAGES` whose versions decide the figures.
 
     Returns:
         The file written.
@@ -72,7 +74,7 @@ def write_results(
         "date": now.isoformat(timespec="seconds"),
         "commit": commit(),
         "command": command,
-        "versions": versions(),
+        "versions": versions(packages),
         "seed": seed,
         "name": name,
     }
@@ -151,9 +153,10 @@ def commit() -> str:
     return f"longgen {_version('longgen')}"
 
 
-def versions() -> dict[str, str]:
-    """Give the versions of Python and the packages that decide a result."""
-    found = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+def versions(packages: Sequence[str] = ()) -> dict[str, str]:
+    """Give the versions of Python and the packages that decide a result, `packages` among them."""
+    names = dict.fromkeys((*PACKAGES, *packages))
+    found = {"python": platform.python_version()} | {name: _version(name) for name in names}
     found["torch"] = torch.__version__
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda

@@ -1,0 +1,381 @@
+"""`longgen bench`: measure LongGen's parts against what else does the same work."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from longgen.cli.console import print_json, stdout_console, three_figures
+from longgen.cli.models import DeviceOption, find_device, progress_lines
+from longgen.cli.options import (
+    BlockSizeOption,
+    HeadShiftOption,
+    JsonOption,
+    LocalBlocksOption,
+    PatternOption,
+    PlanOptions,
+    SinkBlocksOption,
+    StrideBlocksOption,
+    parse_tokens,
+)
+from longgen.errors import UsageError
+from longgen.pattern import SparsePattern
+from longgen.shapes import SHAPES
+
+if TYPE_CHECKING:
+    import torch
+
+    from longgen.bench.attention import AttentionBench, Settings
+    from longgen.bench.work import Heads
+
+CUSTOM = "custom"
+
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure speed on this machine, beside what else does the same."
+)
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure speed on this machine, beside what else does the same work."""
+
+
+@bench.command()
+def attention(
+    patterns: Annotated[
+        str | None,
+        typer.Option(
+            "--patterns",
+            metavar="LIST",
+            help="Of full, sink (128 + 4,096 tokens), strided (1,024 tokens and every 16th block), "
+            "sink_2k and strided_2k (about 2,048 tokens kept), and sink_2k_64 and strided_2k_64 "
+            "(the same in the paper's blocks of 64). [default: full,sink,strided,sink_2k]",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            "--lengths",
+            metavar="LIST",
+            help="Lengths in tokens, such as 8K,32K,128K,512K. [default: 8K,32K,128K]",
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape",
+            metavar="NAME",
+            help=f"Take the heads of a model: {', '.join(SHAPES)}. The options below replace them.",
+        ),
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option("--heads", min=1, help="Query heads. [default: 32]")
+    ] = None,
+    kv_heads: Annotated[
+        int | None,
+        typer.Option("--kv-heads", min=1, help="Key/value heads. [default: as many as --heads]"),
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option("--head-dim", min=1, help="Size of a head. [default: 128]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="NAME",
+            help="Number format: bf16, fp16 or fp32. [default: bf16 on a GPU, fp32 on a CPU]",
+        ),
+    ] = None,
+    directions: Annotated[
+        str | None,
+        typer.Option(
+            "--directions", metavar="LIST", help="forward, backward. [default: forward,backward]"
+        ),
+    ] = None,
+    providers: Annotated[
+        str | None,
+        typer.Option(
+            "--providers",
+            metavar="LIST",
+            help="Who does the work: ours (LongGen's choice), flash, flex, blocked, reference, "
+            "sdpa_flash, sdpa_cudnn, fa4, fa4_window, fsa. [default: all that a GPU can run well]",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Finish within a minute on any GPU: two patterns, one length that fits, fewer "
+            "heads and providers. Runs without a GPU too, at tiny lengths.",
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs and samples.")] = 0,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Folder that gets attention.json, renewed after every row, and attention.png.",
+        ),
+    ] = None,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    pattern: PatternOption = None,
+    block_size: BlockSizeOption = None,
+    sink_blocks: SinkBlocksOption = None,
+    local_blocks: LocalBlocksOption = None,
+    stride_blocks: StrideBlocksOption = None,
+    head_shift: HeadShiftOption = None,
+) -> None:
+    """Measure attention by every provider that is installed, in TFLOP/s over visible pairs.
+
+    Output and gradients of each are checked against fp64 before its time counts. Times are medians
+    of CUDA events over inputs larger than the L2 cache; the card's own matrix-product rate is
+    measured in the same run. A pattern given by its options is measured as "custom".
+    """
+    own = PlanOptions(
+        pattern=pattern,
+        block_size=block_size,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        stride_blocks=stride_blocks,
+        head_shift=head_shift,
+    )
+    custom = own.sparse_pattern() if own.given else None
+    texts = _list(lengths)
+    chosen_lengths = None if texts is None else tuple(parse_tokens(text) for text in texts)
+
+    place = find_device(device)
+    if place.type != "cuda" and not quick:
+        raise UsageError(
+            "There is no GPU to measure, and a CPU says nothing about one. Add --quick to try the "
+            "portable implementations on this CPU at tiny lengths."
+        )
+
+    from longgen.bench.attention import AttentionBench
+
+    settings = _settings(
+        place,
+        quick=quick,
+        patterns=_patterns(patterns, custom, quick),
+        lengths=chosen_lengths,
+        heads=_heads(shape, heads, kv_heads, head_dim, place, quick),
+        dtype=dtype,
+        directions=_list(directions),
+        providers=_list(providers),
+        seed=seed,
+    )
+    say = progress_lines()
+    if place.type != "cuda":
+        say("no GPU: tiny lengths on the CPU; these figures say nothing about a GPU")
+
+    from longgen.bench.save import ResultsFile
+
+    file = None
+    if out is not None:
+        file = ResultsFile(
+            Path(out),
+            "attention",
+            command=shlex.join(["longgen", *sys.argv[1:]]),
+            seed=seed,
+            device=place,
+            packages=_packages(settings),
+        )
+        file.check()
+
+    def flush(row: dict[str, Any]) -> None:
+        if file:
+            file.write(run.rows, _extra(run, settings))
+
+    run = AttentionBench(settings, on_row=flush, say=say)
+    try:
+        run.run()
+    except KeyboardInterrupt:
+        say("stopped; the rows so far are kept" if file else "stopped")
+        raise
+    if file:
+        file.write(run.rows, _extra(run, settings), partial=False)
+        _draw(run, settings, Path(out or "."), say)
+    if json:
+        print_json({**_extra(run, settings), "rows": run.rows})
+    else:
+        _print_table(run)
+        if file:
+            stdout_console().print(f"Results are in {file.path.parent}")
+
+
+def _list(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _patterns(
+    text: str | None, custom: SparsePattern | None, quick: bool
+) -> dict[str, SparsePattern]:
+    """Return the patterns by name: those of --patterns, and the one of the pattern options."""
+    from longgen.bench.work import PATTERNS
+
+    names = _list(text)
+    if names is None:
+        names = () if custom else ("full", "sink_2k") if quick else tuple(PATTERNS)[:4]
+    unknown = [name for name in names if name not in PATTERNS]
+    if unknown or not (names or custom):
+        what = ", ".join(map(repr, unknown)) or "no name"
+        raise UsageError(f"--patterns has {what}; choose from {', '.join(PATTERNS)}.")
+    found = {name: PATTERNS[name] for name in names}
+    return found | ({CUSTOM: custom} if custom else {})
+
+
+def _heads(
+    shape: str | None,
+    heads: int | None,
+    kv_heads: int | None,
+    head_dim: int | None,
+    device: torch.device,
+    quick: bool,
+) -> Heads:
+    from longgen.bench.work import Heads
+
+    if shape is not None:
+        if shape.lower() not in SHAPES:
+            raise UsageError(f"The shape {shape!r} is not known; choose from {', '.join(SHAPES)}.")
+        model = SHAPES[shape.lower()]
+        base = (model.num_attention_heads, model.num_key_value_heads, model.head_dim)
+    elif quick:
+        base = (8, 8, 128) if device.type == "cuda" else (2, 1, 32)
+    else:
+        base = (32, 32, 128)
+    if heads is not None and shape is None and kv_heads is None:
+        kv_heads = heads
+    return Heads(heads=heads or base[0], kv_heads=kv_heads or base[1], head_dim=head_dim or base[2])
+
+
+def _settings(
+    device: torch.device,
+    *,
+    quick: bool,
+    patterns: dict[str, SparsePattern],
+    lengths: tuple[int, ...] | None,
+    heads: Heads,
+    dtype: str | None,
+    directions: tuple[str, ...] | None,
+    providers: tuple[str, ...] | None,
+    seed: int,
+) -> Settings:
+    from longgen.bench.attention import DTYPES, Settings
+    from longgen.bench.providers import choose, default_providers
+    from longgen.bench.quick import quick_settings
+    from longgen.bench.work import DIRECTIONS
+
+    dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
+    if dtype not in DTYPES:
+        raise UsageError(f"The dtype {dtype!r} is not known; give {', '.join(DTYPES)}.")
+    unknown = [name for name in directions or () if name not in DIRECTIONS]
+    if unknown or directions == ():
+        what = ", ".join(map(repr, unknown)) or "no name"
+        raise UsageError(f"--directions has {what}; choose from {', '.join(DIRECTIONS)}.")
+    if providers == () or lengths == ():
+        raise UsageError("--providers and --lengths need at least one value each.")
+    settings = Settings(
+        patterns=patterns,
+        lengths=lengths or (8192, 32768, 131072),
+        providers=tuple(choose(providers or default_providers(device, quick=quick))),
+        shape=heads,
+        device=device,
+        directions=tuple(d for d in DIRECTIONS if directions is None or d in directions),
+        dtype=dtype,
+        seed=seed,
+    )
+    return quick_settings(settings, keep_lengths=lengths is not None) if quick else settings
+
+
+def _packages(settings: Settings) -> tuple[str, ...]:
+    found = [p.package for p in settings.providers if p.package]
+    found += ["nvidia-cutlass-dsl"] if "flash-attn-4" in found else []
+    return tuple(dict.fromkeys(["triton", *found]))
+
+
+def _extra(run: AttentionBench, settings: Settings) -> dict[str, Any]:
+    """Return what belongs to the whole run: the card's own rates, how it was timed, what is not
+    there."""
+    return {
+        "ceiling": run.ceiling and run.ceiling.row(),
+        "timing": run.timing(),
+        "skipped": run.skipped,
+    }
+
+
+def _draw(run: AttentionBench, settings: Settings, folder: Path, say: Any) -> None:
+    from longgen.bench.plots import plot_attention
+    from longgen.evaluate.results import card_name
+
+    card = card_name(settings.device)
+    title = f"Attention on {card}: {settings.shape}, {settings.dtype}, batch 1"
+    try:
+        plot_attention(run.rows, folder / "attention.png", title=title)
+    except UsageError as error:  # the figures are there; only the picture is not
+        say(str(error))
+
+
+def _print_table(run: AttentionBench) -> None:
+    """Print a line for each pattern, length and provider."""
+    from longgen.bench.plots import cases_of
+    from longgen.evaluate.results import say_tokens
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("pattern", "tokens", "provider"):
+        table.add_column(column, justify="right" if column == "tokens" else "left")
+    shown = run.settings.directions
+    for direction in shown:
+        for column in (f"{direction} TFLOP/s", "of matmul", "ms"):
+            table.add_column(column, justify="right")
+    found = {(row["case"], row["length"], row["provider"]): row for row in run.rows}
+    lines = list(dict.fromkeys((length, provider) for _, length, provider in found))
+    for name in cases_of(run.rows):
+        last = None
+        for length, provider in lines:
+            rows = [found.get((f"attention.{name}.{d}", length, provider)) for d in shown]
+            if not any(rows):
+                continue
+            new = length != last
+            last = length
+            cells = [name if new else "", say_tokens(length) if new else "", provider]
+            for row in rows:
+                if row is None or row["value"] is None:
+                    cells += ["-", "", ""]
+                    continue
+                cells += [
+                    _figures(row["value"]),
+                    f"{row['share_of_matmul']:.0%}",
+                    _figures(row["ms"]),
+                ]
+            table.add_row(*cells)
+    console = stdout_console()
+    if run.ceiling:
+        rate = run.ceiling.row()
+        console.print(
+            f"{rate['matmul_size']}^3 matmul: {_figures(rate['matmul_tflops'])} TFLOP/s; copy: "
+            f"{_figures(rate['copy_terabytes_per_second'])} TB/s"
+        )
+    console.print(table)
+    notes = {f"{row['provider']}: {row['note']}" for row in run.rows if "note" in row}
+    failed = {
+        f"{row['provider']} {row['case']} {say_tokens(row['length'])}: {row['error']}"
+        for row in run.rows
+        if "error" in row
+    }
+    for line in (*sorted(notes), *sorted(failed)):
+        console.print(line)
+    for skip in run.skipped:
+        where = f" {skip['pattern']}" if skip["pattern"] else ""
+        console.print(f"{skip['provider']}{where} was left out: {skip['reason']}")
+
+
+def _figures(number: Any) -> str:
+    return f"{number:.2g}" if number < 0.995 else three_figures(number)

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from longgen.bench.save import ResultsFile
+from longgen.errors import UsageError
+from longgen.evaluate.results import read_results, write_results
+
+
+def results_file(folder: Path) -> ResultsFile:
+    return ResultsFile(
+        folder,
+        "attention",
+        command="longgen bench attention",
+        seed=3,
+        device=torch.device("cpu"),
+        packages=("triton",),
+    )
+
+
+def test_the_file_is_partial_until_it_is_whole(tmp_path: Path) -> None:
+    file = results_file(tmp_path / "new")
+    file.check()
+    row = {"case": "attention.full.forward", "length": 1, "value": 1.0, "unit": "TFLOP/s"}
+    file.write([row], {"ceiling": None})
+    found = read_results(file.path)
+    assert found["partial"] is True and found["rows"] == [row]
+    file.check()  # an interrupted run may be begun again in its folder
+    file.write([row, row], {"ceiling": None}, partial=False)
+    found = read_results(file.path)
+    assert "partial" not in found and found["rows"] == [row, row]
+    assert (found["command"], found["seed"], found["gpus"]) == ("longgen bench attention", 3, 0)
+    versions = found["versions"]
+    assert isinstance(versions, dict) and {"torch", "triton"} <= set(versions)
+
+
+def test_other_content_is_refused(tmp_path: Path) -> None:
+    file = results_file(tmp_path)
+    write_results(file.path, "needle", [], command="c", seed=0, device="cpu")
+    with pytest.raises(UsageError, match="holds something else"):
+        file.check()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        results_file(tmp_path / "file").check()
