@@ -14,11 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longgen.bench.plots import cases_of, providers_of
+from longgen.bench.providers import registry
+from longgen.bench.work import DIRECTIONS
 from longgen.evaluate.results import say_bytes, say_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/results.md")
+
+ACCEPTANCE_LENGTH = 131072
 
 Results = Mapping[str, Any]
 
@@ -30,9 +35,14 @@ LABELS = {
 }
 
 
+def files(name: str) -> list[Path]:
+    """Return the results files of a name, oldest first: `<date>_<card>_<name>.json`."""
+    return sorted(RESULTS.glob(f"*_{name}.json"))
+
+
 def newest(name: str) -> Results:
-    """Return the newest results file of a name; files are named `<date>_<card>_<name>.json`."""
-    found = sorted(RESULTS.glob(f"*_{name}.json"))
+    """Return the newest results file of a name."""
+    found = files(name)
     if not found:
         raise SystemExit(f"There is no benchmarks/results/*_{name}.json.")
     data: Results = json.loads(found[-1].read_text(encoding="utf-8"))
@@ -68,10 +78,17 @@ def grid(
 def provenance(results: Results) -> str:
     """Return the line that says where the figures come from."""
     versions = results["versions"]
+    kernels = ("flash-attn-4", "nvidia-cutlass-dsl", "flash-sparse-attn")
+    others = "".join(
+        f"{name} {versions[name]}, "
+        for name in kernels
+        if versions.get(name, "not installed") != "not installed"
+    )
     return (
         f"{results['card']}, {results['date'][:10]}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, seed {results['seed']}, `{results['command']}`, commit "
-        f"{str(results['commit'])[:9]}; [{results['file']}](PATH/{results['file']})."
+        f"{versions['transformers']}, {others}seed {results['seed']}, "
+        f"`{results['command']}`, commit {str(results['commit'])[:9]}; "
+        f"[{results['file']}](PATH/{results['file']})."
     )
 
 
@@ -99,9 +116,81 @@ def costs(name: str) -> list[str]:
     return [*lines, "", provenance(results)]
 
 
+def attention(name: str) -> list[str]:
+    """Return the table of one attention benchmark at 128K tokens, or at its greatest length."""
+    if not files(name):
+        return ["Not measured yet."]
+    results = newest(name)
+    lengths = {row["length"] for row in results["rows"]}
+    length = ACCEPTANCE_LENGTH if ACCEPTANCE_LENGTH in lengths else max(lengths)
+    rows = [row for row in results["rows"] if row["length"] == length]
+    found = {(row["case"], row["provider"]): row for row in rows}
+    labels = {name: provider.label for name, provider in registry().items()}
+    lines = [
+        f"| at {say_tokens(length)} | by | "
+        + " | ".join(f"{d} TFLOP/s | of matmul | ms" for d in DIRECTIONS)
+        + " |",
+        "|---|---|" + "---|" * 3 * len(DIRECTIONS),
+    ]
+    for pattern in cases_of(rows):
+        head = pattern
+        for provider in providers_of(rows):
+            pair = [found.get((f"attention.{pattern}.{d}", provider)) for d in DIRECTIONS]
+            if not any(pair):
+                continue
+            cells = " | ".join(_speed(row) for row in pair)
+            label = labels.get(provider, provider)
+            label = f"**{label}**" if provider == "ours" else label
+            lines.append(f"| {head} | {label} | {cells} |")
+            head = ""
+    notes = {
+        f"- {labels.get(row['provider'], row['provider'])}, {row['case']}: {reason}"
+        for row in rows
+        for reason in (row.get("note"), row.get("error"))
+        if reason
+    }
+    row, rate = rows[0], results["ceiling"]
+    shape = f"{row['heads']}/{row['kv_heads']} heads x {row['head_dim']}, {row['dtype']}, batch 1"
+    return [
+        *lines,
+        "",
+        *sorted(notes),
+        *_share_of_full(found),
+        f"- {shape}; {rate['matmul_size']}^3 matmul {rate['matmul_tflops']:.0f} TFLOP/s, copy "
+        f"{rate['copy_terabytes_per_second']:.2f} TB/s."
+        + (" The run was interrupted." if results.get("partial") else ""),
+        "",
+        provenance(results),
+    ]
+
+
+def _speed(row: Any) -> str:
+    if row is None or row["value"] is None:
+        return "- | - | -"
+    digits = 0 if row["value"] >= 10 else 2
+    return f"{row['value']:.{digits}f} | {row['share_of_matmul']:.0%} | {row['ms']:.4g}"
+
+
+def _share_of_full(found: Mapping[tuple[str, str], Any]) -> list[str]:
+    """Return what a layer that keeps 2K tokens takes of a full one's time, forward and backward."""
+
+    def time(pattern: str) -> float | None:
+        rows = [found.get((f"attention.{pattern}.{d}", "ours")) for d in DIRECTIONS]
+        times = [row.get("ms") for row in rows if row]
+        return sum(times) if len(times) == len(DIRECTIONS) and all(times) else None
+
+    full, sparse = time("full"), time("sink_2k")
+    if full is None or sparse is None:
+        return []
+    return [f"- LongGen's sink_2k, forward + backward: {sparse / full:.1%} of the full one's time."]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "needle": lambda: needle("twins"),
     "kv": lambda: costs("demo"),
+    "attention": lambda: attention("attention"),
+    "attention_gqa": lambda: attention("attention-gqa"),
+    "attention_small": lambda: attention("attention-small"),
 }
 
 

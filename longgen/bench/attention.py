@@ -27,8 +27,9 @@ from longgen.bench.checks import (
     gate_shape,
 )
 from longgen.bench.providers import CannotDo, Job, Provider
-from longgen.bench.timing import Budget, Ceiling, Clock, Spread, measure_ceiling
-from longgen.bench.work import DIRECTIONS, Heads, Work, attention_flops
+from longgen.bench.settings import DTYPES, Settings
+from longgen.bench.timing import Ceiling, Clock, Spread, measure_ceiling
+from longgen.bench.work import Work, attention_flops
 from longgen.errors import UsageError
 from longgen.evaluate.cost import is_out_of_memory
 from longgen.evaluate.results import say_tokens
@@ -36,41 +37,7 @@ from longgen.pattern import SparsePattern
 
 ResultRow = dict[str, Any]
 UNIT = "TFLOP/s"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LONGEST_REASON = 400
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Say what to measure.
-
-    Attributes:
-        patterns: by the name that `case` gets.
-        lengths: tokens.
-        providers: who does it.
-        directions: "forward", "backward" or both.
-        shape: the heads.
-        dtype: "bf16", "fp16" or "fp32".
-        device: where.
-        seed: of inputs and samples.
-        budget: how long to measure each.
-        matmul_size: side of the matrix product that is the ceiling.
-        copy_bytes: size of the copy whose bandwidth is measured.
-        seconds: begin nothing new after this time; None is no limit.
-    """
-
-    patterns: dict[str, SparsePattern]
-    lengths: tuple[int, ...]
-    providers: tuple[Provider, ...]
-    shape: Heads
-    device: torch.device
-    directions: tuple[str, ...] = DIRECTIONS
-    dtype: str = "bf16"
-    seed: int = 0
-    budget: Budget = field(default_factory=Budget)
-    matmul_size: int = 8192
-    copy_bytes: int = 1 << 32
-    seconds: float | None = None
 
 
 @dataclass(slots=True)

@@ -30,7 +30,8 @@ from longgen.shapes import SHAPES
 if TYPE_CHECKING:
     import torch
 
-    from longgen.bench.attention import AttentionBench, Settings
+    from longgen.bench.attention import AttentionBench
+    from longgen.bench.settings import Settings
     from longgen.bench.work import Heads
 
 CUSTOM = "custom"
@@ -268,9 +269,8 @@ def _settings(
     providers: tuple[str, ...] | None,
     seed: int,
 ) -> Settings:
-    from longgen.bench.attention import DTYPES, Settings
     from longgen.bench.providers import choose, default_providers
-    from longgen.bench.quick import quick_settings
+    from longgen.bench.settings import DTYPES, Settings, quick_settings
     from longgen.bench.work import DIRECTIONS
 
     dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longgen.bench import checks
-from longgen.bench.attention import Settings
+from longgen.bench.settings import Settings
 from longgen.bench.timing import Budget
 from longgen.bench.work import Heads, Work
 from tests.bench.fakes import SMALL, provider, right

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from longgen.bench import attention as module
-from longgen.bench.attention import AttentionBench, Settings
+from longgen.bench.attention import AttentionBench
 from longgen.bench.providers import CannotDo, Job, Provider
+from longgen.bench.settings import Settings
 from longgen.bench.work import Work, attention_flops
 from longgen.errors import UsageError
 from longgen.pattern import SparsePattern

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from longgen.bench import checks, quick
+from longgen.bench import checks
+from longgen.bench import settings as quick
 
 SMALL = ("--block-size", 16, "--sink-blocks", 1, "--local-blocks", 2)
 
