@@ -118,6 +118,7 @@ def flash_attend(
     return flash_listed(
         *(q, k, v, made.forward, made.backward, made.strided),
         made.mask.encode(),
+        made.backward_mask.encode(),
         made.strided_mask.encode() if made.strided_mask else "",
         made.tile_k,
         scale,

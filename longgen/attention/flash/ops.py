@@ -23,6 +23,7 @@ def flash_listed(
     backward: list[Tensor],
     strided: list[Tensor],
     mask: str,
+    backward_mask: str,
     strided_mask: str,
     tile_k: int,
     scale: float,
@@ -76,7 +77,7 @@ def _(
 
 
 def _save_listed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, _, backward, strided, ctx.mask, ctx.strided_mask, _, ctx.scale = inputs
+    q, k, v, _, backward, strided, _, *ctx.masks, _, ctx.scale = inputs
     ctx.split = len(backward)
     ctx.save_for_backward(q, k, v, *output, *backward, *strided)
     ctx.set_materialize_grads(False)
@@ -89,11 +90,10 @@ def _listed_gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) ->
         *(grad, grad_lse, q, k, v, out, lse),
         tables[: ctx.split],
         tables[ctx.split :],
-        ctx.mask,
-        ctx.strided_mask,
+        *ctx.masks,
         ctx.scale,
     )
-    return *grads, *[None] * 7
+    return *grads, *[None] * 8
 
 
 flash_listed.register_autograd(_listed_gradients, setup_context=_save_listed)

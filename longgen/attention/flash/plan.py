@@ -65,6 +65,7 @@ class Tables(NamedTuple):
         mask: the mask of the whole pattern.
         tile_k: key tile of the forward kernel.
         forward: the forward kernel's lists, then the places if it reads them.
+        backward_mask: the mask of the backward kernel; without strides if a second one takes them.
         backward: the backward kernel's work table and index, then the places.
         strided_mask: the mask of the second backward kernel, None if there is only one.
         strided: its gathered columns (rows or 1, Hkv, Sg), work table, index and places.
@@ -73,6 +74,7 @@ class Tables(NamedTuple):
     mask: Mask
     tile_k: int
     forward: list[torch.Tensor]
+    backward_mask: Mask
     backward: list[torch.Tensor]
     strided_mask: Mask | None
     strided: list[torch.Tensor]
@@ -128,7 +130,7 @@ def tables(
         )
         forward = [*forward_lists(*maps, num_heads, group), *places]
         if not gradients:
-            return Tables(mask, tile_k, forward, [], None, [])
+            return Tables(mask, tile_k, forward, mask, [], None, [])
 
         def maps_of(part: SparsePattern, where: Layout) -> tuple[torch.Tensor, torch.Tensor]:
             return tile_maps(
@@ -137,7 +139,7 @@ def tables(
 
         if not _gathers(pattern, layout):
             work = backward_work(*maps_of(pattern, layout), batch, num_heads, group)
-            return Tables(mask, tile_k, forward, [*work, *places], None, [])
+            return Tables(mask, tile_k, forward, mask, [*work, *places], None, [])
         rest = replace(pattern, stride_blocks=0, head_shift=0)
         work = backward_work(*maps_of(rest, layout), batch, num_heads, group)
         gathered, columns = _gather(pattern, layout, num_key_value_heads, head_offset)
@@ -148,6 +150,7 @@ def tables(
             mask,
             tile_k,
             forward,
+            _mask(rest, layout, group, head_offset),
             [*work, *places],
             replace(_mask(pattern, gathered, group, head_offset), only_strided=True),
             [torch.from_numpy(columns).to(device), *strided, *_places(gathered, device)],
