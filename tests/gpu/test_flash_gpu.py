@@ -231,7 +231,8 @@ def test_operators_are_well_formed() -> None:
     )
     pattern, layout = PATTERNS["strided_64"], Layout.causal(700)
     made = tables(pattern, layout, 1, 4, 2, 0, tiles_q(64), q.device, True)
-    masks = made.mask.encode(), made.strided_mask.encode()
+    assert made.strided_mask is not None
+    masks = (m.encode() for m in (made.mask, made.backward_mask, made.strided_mask))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         flash_listed,

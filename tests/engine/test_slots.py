@@ -1,0 +1,69 @@
+"""A slot keeps exactly what the pattern still needs, in places that follow from the length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longgen.engine.slots import SlotGeometry
+from longgen.pattern import SparsePattern
+
+
+@given(data=st.data(), pattern=st.from_type(SparsePattern))
+def test_entries_hold_what_the_pattern_keeps(data: st.DataObject, pattern: SparsePattern) -> None:
+    longest = data.draw(st.integers(1, 300))
+    geometry = SlotGeometry(pattern, 4, longest)
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, longest), min_size=1, max_size=4)))
+    positions, visible = geometry.positions(lengths), geometry.visible(lengths)
+    entries = geometry.entries(positions, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        for head in range(geometry.num_maps):
+            held = positions[row, head][positions[row, head] >= 0]
+            assert len(set(held.tolist())) == len(held), "a token stands in two places"
+            kept = {k for a, b in pattern.kept_ranges(length, head) for k in range(a, b)}
+            assert kept <= set(held.tolist())
+            seen = {k for k in range(length) if pattern.visible(length - 1, k, head)}
+            assert set(positions[row, head][visible[row, head]].tolist()) == seen
+            places = torch.arange(geometry.capacity)
+            is_held = positions[row, head] >= 0
+            assert torch.equal(entries[row, head][is_held], places[is_held])
+
+
+@given(data=st.data(), pattern=st.from_type(SparsePattern))
+def test_a_token_stays_where_it_is_until_it_leaves_the_ring(
+    data: st.DataObject, pattern: SparsePattern
+) -> None:
+    """What a step moves is at most one token: the one whose place the new one takes."""
+    length = data.draw(st.integers(2, 300))
+    geometry = SlotGeometry(pattern, 3, 300)
+    before, after = (geometry.positions(torch.tensor([n]))[0] for n in (length - 1, length))
+    for head in range(geometry.num_maps):
+        changed = (before[head] != after[head]).nonzero()[:, 0]
+        new = (after[head] == length - 1).nonzero()[:, 0]
+        assert len(new) == 1 and new[0] in changed
+        others = changed[changed != new[0]]
+        assert len(others) <= 1
+        for entry in others.tolist():
+            assert after[head, entry] == before[head, new[0]]
+            assert pattern.visible(length + 10**6, int(after[head, entry]), head)
+
+
+def test_a_slot_is_as_small_as_the_kept_tokens() -> None:
+    """The paper's plan at 131,072 tokens: 2,112 entries, and no more than a block over for strides
+    that differ between heads."""
+    sink = SlotGeometry(SparsePattern.attention_sink(), 32, 131072)
+    assert (sink.num_maps, sink.capacity) == (1, 2112)
+    pattern = SparsePattern.block_sparse()
+    strided = SlotGeometry(pattern, 32, 131072)
+    assert strided.num_maps == 32
+    assert strided.capacity <= pattern.cache_length(131072, 32) + 2 * pattern.block_size
+
+
+@pytest.mark.parametrize("longest", [1, 2, 5])
+def test_sequences_shorter_than_the_sinks(longest: int) -> None:
+    geometry = SlotGeometry(SparsePattern(block_size=4, sink_blocks=2, local_blocks=1), 2, longest)
+    assert geometry.capacity == longest
+    held = geometry.positions(torch.tensor([longest]))[0, 0]
+    assert held.tolist() == list(range(longest))
