@@ -56,7 +56,7 @@ class Engine:
         prefill_chunk: int | None = None,
         impl: str = "auto",
     ) -> None:
-        config = model.config
+        config: Any = getattr(model, "config", None)
         if not hasattr(config, "layer_plan"):
             raise UsageError(
                 f"The engine runs LongGen hybrids, and {type(model).__name__} isn't one. Convert "
@@ -227,14 +227,18 @@ class Engine:
             return []
         for request, length in batch:
             request.num_cached += length
+            if request in self.scheduler.suspects:
+                self.scheduler.suspects.remove(request)
         if not writing:
             return []
         chosen = self.sampler.sample(logits, [request.row for request in writing])
-        return [
-            output
-            for request, token in zip(writing, chosen.tolist(), strict=True)
-            if (output := self._put(request, token)) is not None
-        ]
+        outputs = []
+        for index, (request, token) in enumerate(zip(writing, chosen.tolist(), strict=True)):
+            if token < 0:
+                self._end(request, "error", self.sampler.explain(logits[index], request.row))
+            else:
+                outputs.append(self._put(request, token))
+        return outputs
 
     @staticmethod
     def _decodes(request: Request, length: int) -> bool:
@@ -252,10 +256,12 @@ class Engine:
         )
 
     def _out_of_memory(self, batch: list[tuple[Request, int]], error: Exception) -> None:
-        """Have all but one tried again, in smaller pieces; give up a request that fails alone."""
-        longest, length = max(batch, key=lambda item: item[1])
-        # Layers before the one that failed have stored their tokens already.
-        for request, _ in reversed(sorted(batch, key=lambda item: self._turn(item[0]))):
+        """Have all tried again, in smaller pieces or one by one; give up one that fails alone."""
+        length = max(length for _, length in batch)
+        # Layers before the one that failed have stored their tokens already: read anew, from the
+        # last on, so that the first is first again.
+        requests = sorted((request for request, _ in batch), key=self._turn)
+        for request in reversed(requests):
             self.scheduler.recompute(request)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -267,20 +273,22 @@ class Engine:
                 length,
                 self.scheduler.prefill_chunk,
             )
-            return
-        self._end(longest, "error", f"Not enough memory for this request: {error}")
+        elif len(requests) > 1:
+            self.scheduler.suspects = requests
+        else:
+            self._end(requests[0], "error", f"Not enough memory for this request: {error}")
 
     def _turn(self, request: Request) -> int:
         return list(self.requests).index(request.id)
 
-    def _put(self, request: Request, token: int) -> RequestOutput | None:
+    def _put(self, request: Request, token: int) -> RequestOutput:
         """Add a chosen token to its request."""
         params = request.params
         is_end = token in params.stop_token_ids or (
             token in self.eos_token_ids and not params.ignore_eos
         )
         request.output.append(token)
-        request.row.add(token)
+        request.row.append(token)
         text = ""
         reason = "stop" if is_end else None
         if request.detokenizer is not None and not is_end:

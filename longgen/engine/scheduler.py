@@ -27,6 +27,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         # In the order in which they came.
         self.running: list[Request] = []
+        # One of these at a time, and nobody else, until each has gone through a step.
+        self.suspects: list[Request] = []
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -37,6 +39,9 @@ class Scheduler:
         budget = self.max_batched_tokens
         chosen: dict[Request, int] = {}
         preempted = False
+        self.suspects = [r for r in self.suspects if r.state is not State.FINISHED]
+        if self.suspects and (alone := self._alone()) is not None:
+            return [alone]
         # Those with one token left are decoding.
         for request in sorted(self.running, key=lambda r: r.num_left > 1):
             if not budget:
@@ -58,15 +63,30 @@ class Scheduler:
             request = self.waiting[0]
             if not self.cache.slots.num_free or not self._has_room(request):
                 break
-            self.waiting.popleft()
-            (request.slot,) = self.cache.slots.take(1)
-            request.state = State.RUNNING
-            self.running.append(request)
-            length = min(request.num_left, budget, self.prefill_chunk)
-            self._grow(request, length)
+            length = self._admit(request, budget)
             chosen[request] = length
             budget -= length
         return list(chosen.items())
+
+    def _admit(self, request: Request, budget: int) -> int:
+        """Let the first that waits in, with a slot and the pages of its first tokens."""
+        self.waiting.remove(request)
+        (request.slot,) = self.cache.slots.take(1)
+        request.state = State.RUNNING
+        self.running.append(request)
+        length = min(request.num_left, budget, self.prefill_chunk)
+        self._grow(request, length)
+        return length
+
+    def _alone(self) -> tuple[Request, int] | None:
+        """Return the next suspect and its tokens, None if it cannot be let in yet."""
+        request = self.suspects[0]
+        if request.state is State.WAITING:
+            if not self.cache.slots.num_free or not self._has_room(request):
+                return None
+            return request, self._admit(request, self.max_batched_tokens)
+        length = min(request.num_left, self._chunk(request))
+        return (request, length) if self._grow(request, length) else None
 
     def _chunk(self, request: Request) -> int:
         return self.prefill_chunk if request.num_left > 1 else 1

@@ -82,8 +82,8 @@ class Step:
                 )
             )
         if self.decode is not None:
-            rows = (x[0, :, begin:].transpose(0, 1) for x in (q, k, v))
-            outputs.append(self.decode.attend(layer, *rows, scale)[None])
+            queries, keys, values = (x[0, :, begin:].transpose(0, 1) for x in (q, k, v))
+            outputs.append(self.decode.attend(layer, queries, keys, values, scale)[None])
         return torch.cat(outputs, 1)
 
 

@@ -42,7 +42,7 @@ def _part(
     BLOCK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
-):
+) -> None:
     """One sequence, one key head, one part of its keys: unnormalised output, maximum and sum."""
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_key_heads = tl.num_programs(1)
@@ -109,7 +109,7 @@ def _together(
     HEAD_DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
     SPLIT_TILE: tl.constexpr,
-):
+) -> None:
     """Weigh the parts of one query by what they summed up."""
     row, head = tl.program_id(0), tl.program_id(1)
     key_head, member = head // GROUP, head % GROUP
