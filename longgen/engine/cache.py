@@ -79,20 +79,22 @@ class EngineCache:
         self.pages, self.slots = Pool(num_pages), Pool(num_slots)
         self.geometry = SlotGeometry(plan.pattern, num_key_value_heads, max_length, device)
         heads = (num_key_value_heads, head_dim)
+        # For rows that only fill a batch up: what they write lands here and is never read.
+        self.spare_page, self.spare_slot = num_pages, num_slots
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         for kind in plan.layers:
             if kind == "F":
-                shape = (num_pages, page_size, *heads)
+                shape = (num_pages + 1, page_size, *heads)
             else:
-                shape = (num_slots, self.geometry.capacity, *heads)
+                shape = (num_slots + 1, self.geometry.capacity, *heads)
             # Zeros, not whatever was there: what is masked out must still be a number.
             self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
             self.values.append(torch.zeros(shape, dtype=dtype, device=device))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that all pages and slots hold, used or not."""
+        """Bytes that all pages and slots hold, used or not, the spare ones too."""
         return sum(x.untyped_storage().nbytes() for x in (*self.keys, *self.values))
 
     def num_pages_for(self, length: int) -> int:

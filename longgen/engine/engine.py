@@ -12,6 +12,7 @@ import torch
 from longgen.engine.cache import EngineCache, Span
 from longgen.engine.decode import DecodeBatch
 from longgen.engine.request import Request, RequestOutput, State
+from longgen.engine.runner import DecodeRunner
 from longgen.engine.sampling import Sampler, SamplingParams, SamplingRow
 from longgen.engine.scheduler import Scheduler
 from longgen.engine.step import Step, run
@@ -105,6 +106,10 @@ class Engine:
             self.cache, max_batched_tokens, prefill_chunk or max_batched_tokens
         )
         self.sampler = Sampler()
+        # On a CPU, batches of fixed shape would only cost.
+        self.decode_runner = (
+            DecodeRunner(model, self.cache) if self.cache.device.type == "cuda" else None
+        )
         self.requests: dict[str, Request] = {}
         self._numbers = count()
         self._ended: list[RequestOutput] = []
@@ -220,8 +225,12 @@ class Engine:
                 if length == request.num_left:
                     rows.append(len(tokens) - 1)
                     writing.append(request)
-            step = Step(self.cache, spans, self._decode_batch(decoding), self.impl)
-            logits = run(self.model, step, tokens, rows)
+            if self.decode_runner is not None and not spans:
+                logits = self.decode_runner(tokens, *self._places(decoding))
+            else:
+                decode = DecodeBatch.of(self.cache, *self._places(decoding))
+                step = Step(self.cache, spans, decode if decoding else None, self.impl)
+                logits = run(self.model, step, tokens, rows)
         except torch.OutOfMemoryError as error:
             self._out_of_memory(batch, error)
             return []
@@ -245,11 +254,10 @@ class Engine:
         """Whether a request's part of a step is one token after others that the cache holds."""
         return length == 1 and request.num_cached > 0
 
-    def _decode_batch(self, requests: list[Request]) -> DecodeBatch | None:
-        if not requests:
-            return None
-        return DecodeBatch.of(
-            self.cache,
+    @staticmethod
+    def _places(requests: list[Request]) -> tuple[list[int], list[int], list[list[int]]]:
+        """Return lengths with the new token, slots and block tables of decoding requests."""
+        return (
             [request.num_cached + 1 for request in requests],
             [request.slot or 0 for request in requests],
             [request.block_table for request in requests],

@@ -101,10 +101,22 @@ def run(model: Any, step: Step, tokens: Sequence[int], rows: Sequence[int]) -> t
         logits (len(rows), vocabulary).
     """
     device = step.cache.device
+    return run_tokens(
+        model,
+        step,
+        torch.tensor(list(tokens), device=device),
+        torch.tensor(list(rows), dtype=torch.long, device=device),
+    )
+
+
+def run_tokens(
+    model: Any, step: Step, tokens: torch.Tensor, rows: torch.Tensor | None
+) -> torch.Tensor:
+    """Run a hybrid model over tokens (N,) on its device; `rows` None gives logits of all."""
     hidden = model.model(
-        input_ids=torch.tensor([list(tokens)], device=device),
+        input_ids=tokens[None],
         position_ids=step.positions()[None],
         use_cache=False,
         longgen_step=step,
-    ).last_hidden_state
-    return model.lm_head(hidden[0, list(rows)])
+    ).last_hidden_state[0]
+    return model.lm_head(hidden if rows is None else hidden[rows])

@@ -11,6 +11,7 @@ import torch
 
 from longgen.engine import Engine, SamplingParams
 from longgen.engine import engine as engine_module
+from longgen.engine.runner import DecodeRunner
 from longgen.errors import UsageError
 from longgen.pattern import SparsePattern
 
@@ -42,7 +43,7 @@ def small_engine(model: Any, **settings: Any) -> Engine:
     return Engine(model, **(defaults | settings))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def requests(model: Any, tokens: Tokens) -> list[tuple[list[int], list[int]]]:
     """Prompts of mixed lengths and their continuations: some 500 tokens a pattern."""
     lengths = [(3, 60), (47, 40), (1, 70), (90, 45), (20, 50), (64, 60), (33, 80), (12, 90)]
@@ -80,6 +81,21 @@ def test_tokens_are_those_of_generate(
     assert any(request.num_preempted for request in done) == ("num_pages" in settings)
     assert engine.cache.pages.num_free == engine.cache.pages.size
     assert engine.cache.slots.num_free == engine.cache.slots.size
+
+
+def test_batches_of_fixed_shape_write_the_same(
+    model: Any, requests: list[tuple[list[int], list[int]]]
+) -> None:
+    """What CUDA graphs record, run without recording: filled up to a few sizes, spare rows last."""
+    engine = small_engine(model, num_pages=40, max_sequences=6)
+    engine.decode_runner = DecodeRunner(model, engine.cache, capture=False)
+    assert engine.decode_runner.sizes == (1, 2, 4, 6)
+    done = engine.generate(
+        [prompt for prompt, _ in requests],
+        [SamplingParams(max_tokens=len(new), ignore_eos=True) for _, new in requests],
+    )
+    assert [request.output for request in done] == [new for _, new in requests]
+    assert len(engine.decode_runner._buffers) > 2
 
 
 def test_a_soak_of_random_requests_leaks_nothing(build: Callable[..., Any], tokens: Tokens) -> None:
