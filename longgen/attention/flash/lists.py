@@ -92,7 +92,17 @@ def forward_lists(
     some: torch.Tensor, whole: torch.Tensor, num_heads: int, group: int
 ) -> ForwardLists:
     """Pack maps (R, maps, nq, nk) into lists for `num_heads` query heads, `group` a key head."""
-    packed = [*_packed(some & ~whole), *_packed(whole)]
+    tiles = torch.stack([some & ~whole, whole])
+    counts = tiles.sum(-1, dtype=torch.int32)
+    # The only wait for the device.
+    widths = counts.flatten(1).amax(1).clamp(min=1).tolist() if counts.numel() else [1, 1]
+    packed = []
+    for kind in (0, 1):
+        flat = tiles[kind].flatten(0, 2)
+        index = torch.zeros(len(flat), widths[kind], dtype=torch.int32, device=some.device)
+        starts = torch.arange(0, index.numel(), widths[kind], dtype=torch.int32, device=some.device)
+        _pack_rows(flat, starts, index.view(-1))
+        packed += [counts[kind], index.view(*counts.shape[1:], widths[kind])]
     if some.shape[1] > 1:
         maps = torch.arange(num_heads, device=some.device) // group % some.shape[1]
         packed = [values[:, maps] for values in packed]
@@ -118,8 +128,10 @@ def backward_work(
     mask = some & ~(whole & consecutive[..., None])
     full_count = full_count * consecutive
     mask_count = mask.sum(-1, dtype=torch.int32)
-    mask_start = torch.cumsum(mask_count.flatten(), 0).view_as(mask_count) - mask_count
-    index = mask.flatten(0, 2).nonzero()[:, 1]
+    ends = torch.cumsum(mask_count.flatten(), 0, dtype=torch.int32)
+    mask_start = ends.view_as(mask_count) - mask_count
+    index = torch.empty(int(ends[-1]), dtype=torch.int32, device=some.device)
+    _pack_rows(mask.flatten(0, 2), mask_start.flatten(), index)
 
     device = some.device
     rows, maps, num_k, _ = some.shape
@@ -136,17 +148,17 @@ def backward_work(
     length = table[:, MASK_COUNT] + table[:, FULL_COUNT]
     light = length <= 2 * length.median()
     order = torch.sort(light.to(torch.int8), stable=True).indices
-    return BackwardWork(table[order], index.to(torch.int32))
+    return BackwardWork(table[order], index)
 
 
-def _packed(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn bool (R, H, n, m) into counts (R, H, n) and indices (R, H, n, longest), int32."""
-    counts = tiles.sum(-1, dtype=torch.int32)
-    flat = counts.flatten()
-    starts = torch.cumsum(flat, 0) - flat
-    row, column = tiles.flatten(0, 2).nonzero().unbind(1)
-    longest = max(int(flat.max()), 1) if len(flat) else 1
-    index = torch.zeros(len(flat), longest, dtype=torch.int32, device=tiles.device)
-    slot = torch.arange(len(row), device=tiles.device) - starts[row]
-    index[row, slot] = column.to(torch.int32)
-    return counts, index.view(*counts.shape, longest)
+def _pack_rows(tiles: torch.Tensor, starts: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the columns set in each row of bool (n, m) to `out`, each row's from its start on."""
+    if tiles.device.type == "cuda":
+        from longgen.attention.flash.triton_lists import pack_rows
+
+        pack_rows(tiles, starts, out)
+        return
+    row, column = tiles.nonzero().unbind(1)
+    order = torch.arange(len(row), device=tiles.device)
+    first = torch.cumsum(tiles.sum(-1), 0) - tiles.sum(-1)
+    out[starts[row] + order - first[row]] = column.to(torch.int32)
