@@ -13,6 +13,9 @@ from longgen.hf.cache import cache_layout
 from longgen.layout import PADDING, Layout
 from longgen.plan import LayerPlan
 
+# How much larger than the first tokens' largest number later ones may be before they are clamped.
+FP8_MARGIN = 2.0
+
 
 class Pool:
     """Hand out numbers 0 .. size - 1, lowest first, and take them back."""
@@ -56,7 +59,8 @@ class EngineCache:
         page_size: tokens a page.
         num_slots: sequences that can run at once.
         max_length: the longest sequence, in tokens.
-        dtype: of keys and values.
+        dtype: of keys and values; torch.float8_e4m3fn keeps them with a scale a layer and head, set
+            by the first tokens that a layer sees.
         device: where they are.
     """
 
@@ -91,6 +95,43 @@ class EngineCache:
             # Zeros, not whatever was there: what is masked out must still be a number.
             self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
             self.values.append(torch.zeros(shape, dtype=dtype, device=device))
+        # Factors (Hkv,) that turn what is stored into what was meant; None where they are the same.
+        self.scales: list[torch.Tensor] | None = None
+        if dtype == torch.float8_e4m3fn:
+            self.scales = [torch.ones(2, num_key_value_heads, device=device) for _ in plan.layers]
+        self._has_scales = [False] * len(plan.layers)
+
+    def encode(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn new keys and values (T, Hkv, D) into what a layer stores."""
+        stored = self.keys[layer].dtype
+        if self.scales is None:
+            return k.to(stored), v.to(stored)
+        largest = torch.finfo(stored).max
+        if not self._has_scales[layer]:
+            # The first tokens have the largest keys (attention sinks); the margin is for others.
+            for scale, new in zip(self.scales[layer], (k, v), strict=True):
+                scale.copy_(new.abs().amax((0, 2)).float().clamp(min=1e-4) * FP8_MARGIN / largest)
+            self._has_scales[layer] = True
+        # Beyond the range PyTorch's conversion gives NaN on some devices.
+        k, v = (
+            (new / scale[:, None]).clamp(-largest, largest).to(stored)
+            for scale, new in zip(self.scales[layer], (k, v), strict=True)
+        )
+        return k, v
+
+    def decode(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn stored keys and values (..., Hkv, D) of a layer into numbers of another dtype."""
+        if self.scales is None:
+            return k.to(dtype), v.to(dtype)
+        k, v = (
+            (held.to(dtype) * scale[:, None].to(dtype))
+            for scale, held in zip(self.scales[layer], (k, v), strict=True)
+        )
+        return k, v
 
     @property
     def num_bytes(self) -> int:
@@ -181,10 +222,11 @@ class Span:
     def write_full(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store new keys and values (T, Hkv, D) in a full layer."""
         cache = self.cache
-        for store, new in ((cache.keys[layer], k), (cache.values[layer], v)):
-            store.view(-1, *store.shape[2:])[self.places] = new.to(store.dtype)
+        stores = cache.keys[layer], cache.values[layer]
+        for store, new in zip(stores, cache.encode(layer, k, v), strict=True):
+            store.view(-1, *store.shape[2:])[self.places] = new
 
-    def read_full(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_full(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all keys and values so far, (1, S, Hkv, D) each."""
         cache, length = self.cache, self.start + self.length
         pages = self.table[: cache.num_pages_for(length)]
@@ -192,7 +234,7 @@ class Span:
             store[pages].flatten(0, 1)[None, :length]
             for store in (cache.keys[layer], cache.values[layer])
         )
-        return k, v
+        return cache.decode(layer, k, v, dtype)
 
     def swap_sparse(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
@@ -205,10 +247,11 @@ class Span:
             k: new keys (T, Hkv, D).
             v: new values (T, Hkv, D).
         """
-        cache = self.cache
+        cache, dtype = self.cache, k.dtype
         seen = []
-        for store, new in ((cache.keys[layer], k), (cache.values[layer], v)):
-            slot, new = store[self.slot], new.to(store.dtype)
+        stores = cache.keys[layer], cache.values[layer]
+        for store, new in zip(stores, cache.encode(layer, k, v), strict=True):
+            slot = store[self.slot]
             both = torch.cat([slot, new])
             if self._held is None:
                 seen.append(new[None])
@@ -222,4 +265,4 @@ class Span:
                 slot[entries] = both[source]
             else:
                 slot[entries, maps] = both[source, maps]
-        return seen[0], seen[1]
+        return cache.decode(layer, seen[0], seen[1], dtype)

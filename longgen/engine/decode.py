@@ -89,19 +89,34 @@ class DecodeBatch:
         """
         cache = self.cache
         keys, values = cache.keys[layer], cache.values[layer]
+        k, v = cache.encode(layer, k, v)
+        out_scale = None
+        if cache.scales is not None:
+            # The stored keys' factor goes into the queries, the values' into the result.
+            group = q.shape[1] // cache.num_heads
+            key_scale, out_scale = cache.scales[layer].repeat_interleave(group, 1)[..., None]
+            q, out_scale = (q * key_scale).to(q.dtype), out_scale.to(q.dtype)
         if cache.plan.layers[layer] == "F":
             page, offset = self._page_and_offset
-            keys[page, offset], values[page, offset] = k.to(keys.dtype), v.to(values.dtype)
-            return decode_attention(
+            keys[page, offset], values[page, offset] = k, v
+            out = decode_attention(
                 q, keys, values, self.block_tables, scale=scale, lengths=self.lengths
             )
+        else:
+            self._store(keys, k)
+            self._store(values, v)
+            out = decode_attention(
+                q, keys, values, self.slots[:, None], scale=scale, visible=self._visible
+            )
+        return out if out_scale is None else out * out_scale
+
+    def _store(self, store: torch.Tensor, new: torch.Tensor) -> None:
+        """Put new keys or values (N, Hkv, D) into their slots of a sparse layer."""
+        cache, slots = self.cache, self.slots[:, None]
         entries, moved = self._entries
-        slots = self.slots[:, None]
         heads = torch.arange(cache.num_heads, device=cache.device)[None]
         entries = entries.expand(-1, cache.num_heads)
-        for store, new in ((keys, k), (values, v)):
-            if moved is not None:
-                places = moved.expand(-1, cache.num_heads)
-                store[slots, places, heads] = store[slots, entries, heads]
-            store[slots, entries, heads] = new.to(store.dtype)
-        return decode_attention(q, keys, values, slots, scale=scale, visible=self._visible)
+        if moved is not None:
+            places = moved.expand(-1, cache.num_heads)
+            store[slots, places, heads] = store[slots, entries, heads]
+        store[slots, entries, heads] = new

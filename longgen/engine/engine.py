@@ -38,6 +38,8 @@ class Engine:
         page_size: tokens a page.
         max_batched_tokens: tokens that go through the model in a step, at most.
         prefill_chunk: tokens of one prompt in a step, at most; None is the same number.
+        kv_dtype: None keeps keys and values in the model's dtype, "fp8" in e4m3 with a scale a
+            layer and head: half the bytes of bf16, at some loss.
         impl: the attention implementation (`longgen.attention`).
 
     Raises:
@@ -55,6 +57,7 @@ class Engine:
         page_size: int = 128,
         max_batched_tokens: int = 8192,
         prefill_chunk: int | None = None,
+        kv_dtype: str | None = None,
         impl: str = "auto",
     ) -> None:
         config: Any = getattr(model, "config", None)
@@ -81,6 +84,10 @@ class Engine:
                 f"max_length is {max_length} tokens, the model was made for {context}. Give at "
                 "most that, or extend the model."
             )
+        if kv_dtype not in (None, "fp8"):
+            raise UsageError(
+                f'kv_dtype is {kv_dtype!r}; leave it out for the model\'s own, or give "fp8".'
+            )
         if max_batched_tokens < max_sequences:
             raise UsageError(
                 f"max_batched_tokens is {max_batched_tokens}, too few for a token of each of "
@@ -99,7 +106,7 @@ class Engine:
             page_size=page_size,
             num_slots=max_sequences,
             max_length=max_length,
-            dtype=model.dtype,
+            dtype=model.dtype if kv_dtype is None else torch.float8_e4m3fn,
             device=model.device,
         )
         self.scheduler = Scheduler(

@@ -67,14 +67,14 @@ class Step:
             if is_full:
                 span.write_full(layer, keys, values)
                 layout = span.full_layout
-                held = span.read_full(layer)
+                held = span.read_full(layer, q.dtype)
             else:
                 layout = span.sparse_layout
                 held = span.swap_sparse(layer, keys, values)
             outputs.append(
                 attention(
                     queries[None],
-                    *(x.to(q.dtype) for x in held),
+                    *held,
                     pattern=pattern,
                     layout=layout,
                     scale=scale,

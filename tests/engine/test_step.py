@@ -119,6 +119,44 @@ def test_what_a_cache_holds_is_what_it_says(model: Any) -> None:
     assert cache.bytes_of(23) == token * (full * 25 + sparse * capacity)
 
 
+def test_fp8_halves_the_bytes_at_a_small_loss(
+    model: Any, tokens: Callable[..., torch.Tensor]
+) -> None:
+    plain, small = make_cache(model, torch.bfloat16), make_cache(model, torch.float8_e4m3fn)
+    assert small.num_bytes * 2 == plain.num_bytes
+    rows = [tokens(n, seed=n).tolist() for n in (57, 30, 44)]
+    first = run_in_pieces(model, small, rows, 0)
+    assert small.scales is not None
+    assert all(len(set(scale.flatten().tolist())) > 1 for scale in small.scales)
+    # With the same scales, any other pieces store the same numbers.
+    other = make_cache(model, torch.float8_e4m3fn)
+    other.scales, other._has_scales = small.scales, small._has_scales
+    for a, b in zip(first, run_in_pieces(model, other, rows, 1), strict=True):
+        assert torch.allclose(a, b, atol=1e-3, rtol=1e-3)
+    with torch.no_grad():
+        exact = model(torch.tensor([rows[0]])).logits[0]
+    assert (first[0] - exact).norm() > 1e-3 * exact.norm(), "nothing was rounded"
+
+
+def test_fp8_rounds_to_three_bits(model: Any) -> None:
+    cache = make_cache(model, torch.float8_e4m3fn)
+    new = torch.randn(2, 50, cache.num_heads, model.config.head_dim)
+    k, v = cache.decode(0, *cache.encode(0, *new), torch.float32)
+    for found, meant in ((k, new[0]), (v, new[1])):
+        largest = meant.abs().amax((0, 2), keepdim=True)
+        # Half a step of three bits behind the point; the smallest numbers have fixed steps.
+        assert ((found - meant).abs() <= meant.abs() / 16 + largest * 2.0**-16).all()
+
+
+def test_fp8_numbers_beyond_the_range_are_clamped(model: Any) -> None:
+    cache = make_cache(model, torch.float8_e4m3fn)
+    ones = torch.ones(3, cache.num_heads, model.config.head_dim)
+    cache.encode(0, ones, 2 * ones)
+    stored = cache.encode(0, 1000 * ones, -1000 * ones)
+    k, v = cache.decode(0, *stored, torch.float32)
+    assert torch.allclose(k, torch.tensor(2.0)) and torch.allclose(v, torch.tensor(-4.0))
+
+
 def test_a_sequence_that_grows_too_long_is_refused(model: Any) -> None:
     cache = make_cache(model)
     with pytest.raises(UsageError, match="A sequence of 58 tokens cannot grow by 3"):
