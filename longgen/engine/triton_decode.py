@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Keys that a program reads at a time; the smallest tile of queries that tensor cores take.
+# Keys that a program reads at a time; the smallest side of a tile that tensor cores take.
 BLOCK_N = 64
-MIN_GROUP = 16
+MIN_SIDE = 16
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _part(
         if HAS_VISIBLE:
             at = row * visible_row + head * visible_head + token
             seen = seen & (tl.load(visible_ptr + at, mask=exists, other=0) != 0)
-        scores = tl.dot(q, tl.trans(k)) * scale_log2
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         # A part that has seen nothing yet must not subtract infinity from itself.
@@ -88,7 +88,7 @@ def _part(
         weights = tl.exp2(scores - safe[:, None])
         shrink = tl.exp2(highest - safe)
         total = total * shrink + tl.sum(weights, 1)
-        out = out * shrink[:, None] + tl.dot(weights.to(q.dtype), v)
+        out = out * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
         highest = new_highest
 
     part = (row * num_key_heads + head) * num_splits + split
@@ -164,7 +164,7 @@ def paged_decode(
     )
     stats = torch.empty(*parts.shape[:-1], 2, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dim_tile = triton.next_power_of_2(head_dim)
+    dim_tile = max(triton.next_power_of_2(head_dim), MIN_SIDE)
     _part[(number, num_key_heads, splits)](
         q,
         keys,
@@ -187,7 +187,7 @@ def paged_decode(
         page_size,
         splits,
         GROUP=group,
-        GROUP_TILE=max(triton.next_power_of_2(group), MIN_GROUP),
+        GROUP_TILE=max(triton.next_power_of_2(group), MIN_SIDE),
         HEAD_DIM=head_dim,
         DIM_TILE=dim_tile,
         BLOCK=BLOCK_N,
