@@ -180,6 +180,10 @@ class Span:
         self.full_layout = Layout.causal(length, start + length)
         self.sparse_layout = cache_layout(pattern, start, length, (0,), heads)
         self.table = torch.tensor(list(block_table), dtype=torch.long, device=device)
+        # Pages in a row need no gathering.
+        first = block_table[0] if block_table else 0
+        is_row = list(block_table) == list(range(first, first + len(block_table)))
+        self.first_page = first if is_row else None
         places = torch.arange(start, start + length, device=device)
         page = places // cache.page_size
         self.places = (
@@ -229,7 +233,10 @@ class Span:
     def read_full(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all keys and values so far, (1, S, Hkv, D) each."""
         cache, length = self.cache, self.start + self.length
-        pages = self.table[: cache.num_pages_for(length)]
+        count = cache.num_pages_for(length)
+        pages: slice | torch.Tensor = self.table[:count]
+        if self.first_page is not None:
+            pages = slice(self.first_page, self.first_page + count)
         k, v = (
             store[pages].flatten(0, 1)[None, :length]
             for store in (cache.keys[layer], cache.values[layer])
