@@ -367,7 +367,8 @@ class _Candidates:
 
     def pick(self, uniform: Tensor) -> Tensor:
         """Return the tokens (R,) for numbers in [0, 1), fp64 (R, 1)."""
-        target = (uniform * self.total).long().minimum(self.total - 1)
+        # Below the total even after rounding: the largest number is 1 - 2**-53.
+        target = (uniform * self.total).long()
         # The first place whose running sum is above the target: never one that weighs nothing.
         place = torch.searchsorted(self.cumulative, target, right=True)
         return (place if self.order is None else self.order.gather(-1, place))[:, 0]
