@@ -6,10 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-# Tokens that are kept before new ones. The last three may be an unfinished character; a decoder of
-# UTF-8 that starts anywhere is in step after three bytes; and decoders treat the first token of all
-# apart (they drop its space).
-_CONTEXT_TOKENS = 8
+# Tokens that are kept before new ones. An unfinished character can be spread over three, and some
+# text must come before it, since decoders treat the first token apart (they drop its space).
+_CONTEXT_TOKENS = 4
 _MAX_WINDOW_TOKENS = 2 * _CONTEXT_TOKENS
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\ufffd"
@@ -73,7 +72,7 @@ class IncrementalDetokenizer:
         new = text[self._num_given : end]
         self._num_given = max(self._num_given, end)
         if len(self._window) > _MAX_WINDOW_TOKENS:
-            self._shorten(len(text) - self._num_given)
+            self._shorten(text[self._num_given :])
         return self._give(new if self._cleaner is None else self._cleaner.push(new))
 
     def flush(self) -> str:
@@ -100,12 +99,14 @@ class IncrementalDetokenizer:
         is_empty = not self._decode([token_id])
         return "skipped" if is_empty and self._decode([token_id], False) else "ordinary"
 
-    def _shorten(self, num_held: int) -> None:
-        """Drop the window's oldest tokens; `num_held` characters at its end aren't given out."""
+    def _shorten(self, held: str) -> None:
+        """Drop the window's oldest tokens; the text `held` at its end is not given out yet."""
         window = self._window[-_CONTEXT_TOKENS:]
-        num_given = len(self._decode(window)) - num_held
-        # Some text must come before new tokens, or they would be decoded as the first ones.
-        if num_given > 0:
+        text = self._decode(window)
+        num_given = len(text) - len(held)
+        # Some text must come before new tokens, or they would be decoded as the first ones; and
+        # what is held must not have got its shape from the tokens to be dropped.
+        if num_given > 0 and text.endswith(held):
             self._window, self._num_given = window, num_given
 
     def _decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
