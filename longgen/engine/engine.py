@@ -315,11 +315,14 @@ class Engine:
             len(request.output) >= params.max_tokens or request.num_tokens >= self.max_length
         ):
             reason = "length"
-        if reason is None:
-            return RequestOutput(request.id, text, (token,))
-        self._end(request, reason, told=False, stopped=reason == "stop" and not is_end)
-        rest = self._rest(request, stopped=reason == "stop" and not is_end)
-        return RequestOutput(request.id, text + rest, (token,), reason)
+        if reason is not None:
+            text += self._rest(request, stopped=reason == "stop" and not is_end)
+            if reason == "length" and request.stop_strings is not None:
+                # What was held back may have been a stop string that could have gone on.
+                reason = "stop" if request.stop_strings.matched is not None else reason
+            self._end(request, reason, told=False)
+        request.pieces.append(text)
+        return RequestOutput(request.id, text, (token,), reason)
 
     def _rest(self, request: Request, stopped: bool) -> str:
         """Return the text that was held back in case more belonged to it."""
@@ -338,13 +341,13 @@ class Engine:
         error: str | None = None,
         *,
         told: bool = True,
-        stopped: bool = False,
     ) -> None:
         self.scheduler.remove(request)
         request.finish_reason, request.error = reason, error
         del self.requests[request.id]
         if told:
-            text = self._rest(request, stopped)
+            text = self._rest(request, stopped=False)
+            request.pieces.append(text)
             self._ended.append(RequestOutput(request.id, text, (), reason, error))
 
     def stream(
@@ -374,7 +377,7 @@ class Engine:
 
         Returns:
             the requests, in the order of the prompts, with `output`, `finish_reason` and, given a
-            tokenizer, `detokenizer.text`.
+            tokenizer, `text`.
         """
         prompts = list(prompts)
         each = (

@@ -27,6 +27,7 @@ class Request:
         params: how tokens are chosen and when to stop.
         row: its random state, and the tokens that a repetition penalty looks at.
         output: token ids written so far.
+        pieces: text written so far, as it came.
         num_cached: tokens of prompt and output whose keys and values are in the cache.
         slot: its slot in sparse layers, while it runs.
         block_table: its pages in full layers, while it runs.
@@ -44,6 +45,7 @@ class Request:
     detokenizer: IncrementalDetokenizer | None = None
     stop_strings: StopStrings | None = None
     output: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
     num_cached: int = 0
     slot: int | None = None
     block_table: list[int] = field(default_factory=list)
@@ -51,6 +53,11 @@ class Request:
     state: State = State.WAITING
     finish_reason: str | None = None
     error: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Text written so far, up to a stop string."""
+        return "".join(self.pieces)
 
     @property
     def num_tokens(self) -> int:

@@ -182,14 +182,22 @@ def test_text_stops_where_it_should(tiny_tokenizer: Any, build: Callable[..., An
     engine = small_engine(model, tokenizer=tiny_tokenizer)
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     (whole,) = engine.generate(["hello"], params)
-    assert whole.detokenizer is not None
-    text = whole.detokenizer.text
+    text = whole.text
+    assert text == tiny_tokenizer.decode(whole.output, skip_special_tokens=True)
     stop = text[len(text) // 2 : len(text) // 2 + 3]
     outs = list(
         engine.stream("hello", SamplingParams(max_tokens=40, ignore_eos=True, stop=(stop,)))
     )
     assert "".join(out.text for out in outs) == text[: text.index(stop)]
     assert outs[-1].finish_reason == "stop"
+    # A stop string at the very end, which one more character could have made a longer one.
+    (last,) = engine.generate(
+        ["hello"],
+        SamplingParams(
+            max_tokens=40, ignore_eos=True, stop=(text[-2:] + "?" + text[-1], text[-1:])
+        ),
+    )
+    assert last.text == text[: text.index(text[-1])] and last.finish_reason == "stop"
     third = whole.output[2]
     (short,) = engine.generate(["hello"], SamplingParams(max_tokens=40, stop_token_ids=(third,)))
     assert short.output == whole.output[: whole.output.index(third) + 1]
