@@ -4,11 +4,13 @@
 #                        ... that is at least 3.11; a GPU host's own torch is kept in use)
 #   VENV=.venv           where the environment goes
 #   DEMO_ARGS, PYTEST_ARGS   passed on to the demo and to pytest
+#   GPU_EXTRAS=train,test    what test-gpu installs; add flash on a Hopper GPU
 
 VENV ?= .venv
 PYTHON ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+GPU_EXTRAS ?= train,test
 
 PY := $(VENV)/bin/python
 SETUP := @PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/setup.sh
@@ -32,7 +34,7 @@ test: ## run the tests that need no GPU
 	$(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: ## run the tests that need an NVIDIA GPU
-	$(SETUP) train,test
+	$(SETUP) $(GPU_EXTRAS)
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs an NVIDIA GPU that torch can use; torch %s sees none here." % torch.__version__)'
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
