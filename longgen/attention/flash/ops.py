@@ -77,8 +77,8 @@ def _(
 
 
 def _save_listed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, _, backward, strided, _, *ctx.masks, _, ctx.scale = inputs
-    ctx.split = len(backward)
+    q, k, v, forward, backward, strided, _, *ctx.masks, _, ctx.scale = inputs
+    ctx.lengths = [len(x) for x in (forward, backward, strided)]
     ctx.save_for_backward(q, k, v, *output, *backward, *strided)
     ctx.set_materialize_grads(False)
 
@@ -86,14 +86,16 @@ def _save_listed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _listed_gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *tables = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
+    split = ctx.lengths[1]
     grads = flash_listed_backward(
         *(grad, grad_lse, q, k, v, out, lse),
-        tables[: ctx.split],
-        tables[ctx.split :],
+        tables[:split],
+        tables[split:],
         *ctx.masks,
         ctx.scale,
     )
-    return *grads, *[None] * 8
+    # PyTorch wants lists for lists.
+    return *grads, *([None] * length for length in ctx.lengths), *[None] * 5
 
 
 flash_listed.register_autograd(_listed_gradients, setup_context=_save_listed)
