@@ -141,12 +141,17 @@ def flex_attend(
         out (B, T, H, D) and, if asked for, the log-sum-exp of the scores (B, H, T) in fp32.
 
     Raises:
-        UsageError: on CPU when gradients are needed, which FlexAttention does not compute there.
+        UsageError: on CPU when gradients or the log-sum-exp are needed, which FlexAttention does
+            not compute there.
     """
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if q.device.type == "cpu" and wants_grad:
         raise UsageError(
             'FlexAttention computes no gradients on CPU; use impl="blocked" (or "auto") there.'
+        )
+    if q.device.type == "cpu" and return_lse:
+        raise UsageError(
+            'FlexAttention returns no log-sum-exp on CPU; use impl="blocked" (or "auto") there.'
         )
     mask = block_mask(pattern, layout, q.shape[2], k.shape[2], head_offset, q.device)
     # The split-KV decoding kernel that short queries would get rejects per-head lists and GQA

@@ -119,13 +119,13 @@ def test_fewer_keys_than_queries_are_refused() -> None:
         attention(tensor(1, 5, 2, 8), tensor(1, 4, 2, 8), tensor(1, 4, 2, 8))
 
 
-@pytest.mark.parametrize("impl", ["flash", "", "dense", "Reference"])
+@pytest.mark.parametrize("impl", ["flash3", "", "dense", "Reference"])
 def test_an_unknown_implementation_is_refused(impl: str) -> None:
     with pytest.raises(UsageError) as error:
         attention(*random_inputs(5, head_dim=8)[:3], impl=impl)
     assert str(error.value) == (
         f"There is no attention implementation {impl!r}; "
-        "choose from ('auto', 'reference', 'blocked', 'flex')."
+        "choose from ('auto', 'reference', 'blocked', 'flex', 'flash')."
     )
 
 
