@@ -184,6 +184,8 @@ CAUSAL = Layout.causal(100)
         (SINK, Layout.packed([0, 30, 100]), "flash"),
         # One query that sees every key, and chunks too short for a kernel.
         (FULL, Layout.causal(1, 300), "dense"),
+        (FULL, Layout.causal(16), "dense"),
+        (FULL, Layout.causal(17), "flash"),
         (SINK, Layout.causal(1, 300), "blocked"),
         (SINK, Layout.causal(16, 300), "blocked"),
         (SINK, Layout.causal(17, 300), "flash"),
