@@ -7,6 +7,7 @@ GLOBAL key/value head index.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -172,7 +173,7 @@ class SparsePattern:
         same)."""
         if not self.stride_blocks or self.head_shift % self.stride_blocks == 0:
             return 1
-        return self.stride_blocks // int(np.gcd(self.stride_blocks, self.head_shift))
+        return self.stride_blocks // math.gcd(self.stride_blocks, self.head_shift)
 
     def residue(self, head: int) -> int:
         """Return r such that key block j is strided for `head` exactly if j % stride_blocks ==

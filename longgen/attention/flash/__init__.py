@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
-from longgen.attention.flash.plan import documents_alone, is_plain, tables
+from longgen.attention.flash.plan import Tables, documents_alone, is_plain, tables
 from longgen.errors import UsageError
-from longgen.layout import Layout
+from longgen.layout import Axis, Layout, Run
 from longgen.pattern import SparsePattern
 
 HEAD_DIMS = (64, 80, 96, 128)
@@ -104,25 +106,58 @@ def flash_attend(
         bounds = documents_alone(layout)
         if bounds is not None:
             return _documents(q, k, v, tuple(bounds), scale)
-    made = tables(
-        pattern,
-        layout,
-        q.shape[0],
-        q.shape[2],
-        k.shape[2],
-        head_offset,
-        tiles_q(q.shape[3]),
-        q.device,
-        gradients,
+    sizes, tiles = (q.shape[0], q.shape[2], k.shape[2], head_offset), tiles_q(q.shape[3])
+    if torch.compiler.is_compiling():
+        # Numbers in tuples: a compiler can't hand over objects that it only imagines.
+        fields = _fixed(getattr(pattern, name) for name in _FIELDS)
+        queries = tuple(_fixed_axis(axis) for axis in layout.queries)
+        keys = tuple(tuple(_fixed_axis(axis) for axis in row) for row in layout.keys)
+        made = _constants(fields, queries, keys, *_fixed(sizes), tiles, q.device, gradients)
+    else:
+        made = _arguments(tables(pattern, layout, *sizes, tiles, q.device, gradients))
+    lists, masks, tile_k = made
+    return flash_listed(q, k, v, *lists, *masks, tile_k, scale)
+
+
+_Arguments = tuple[tuple[list[torch.Tensor], ...], tuple[str, ...], int]
+_Numbers = tuple[int, ...]
+_FIELDS = tuple(SparsePattern.__dataclass_fields__)
+
+
+def _arguments(made: Tables) -> _Arguments:
+    """Return what `flash_listed` takes behind q, k and v: lists, masks, key tile."""
+    masks = (made.mask, made.backward_mask, made.strided_mask)
+    texts = tuple("" if mask is None else mask.encode() for mask in masks)
+    return (made.forward, made.backward, made.strided), texts, made.tile_k
+
+
+@torch.compiler.assume_constant_result
+def _constants(
+    fields: tuple[int, ...],
+    queries: tuple[_Numbers, ...],
+    keys: tuple[tuple[_Numbers, ...], ...],
+    *args: Any,
+) -> _Arguments:
+    """Make tables while a graph is made, which is made anew for another pattern or layout."""
+    pattern = SparsePattern(**dict(zip(_FIELDS, fields, strict=True)))
+    layout = Layout(
+        tuple(_axis(axis) for axis in queries),
+        tuple(tuple(_axis(axis) for axis in row) for row in keys),
     )
-    return flash_listed(
-        *(q, k, v, made.forward, made.backward, made.strided),
-        made.mask.encode(),
-        made.backward_mask.encode(),
-        made.strided_mask.encode() if made.strided_mask else "",
-        made.tile_k,
-        scale,
-    )
+    return _arguments(tables(pattern, layout, *args))
+
+
+def _fixed(numbers: Iterable[int]) -> _Numbers:
+    """Have a compiler take numbers as they are; one that changes would become a symbol."""
+    return tuple([range(number).stop for number in numbers])
+
+
+def _fixed_axis(axis: Axis) -> _Numbers:
+    return _fixed([number for run in axis for number in run])
+
+
+def _axis(numbers: _Numbers) -> Axis:
+    return tuple(Run(*numbers[at : at + 3]) for at in range(0, len(numbers), 3))
 
 
 def _documents(

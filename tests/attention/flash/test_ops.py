@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -202,6 +203,51 @@ def test_one_node_of_a_compiled_graph(on_cpu: Any, name: str) -> None:
     assert backend.frame_count == 1
     called = [str(n.target) for n in backend.graphs[0].graph.nodes if n.op == "call_function"]
     assert [x for x in called if "longgen" in x] == [f"longgen.flash_{name}.default"]
+
+
+def other(layout: Layout) -> Layout:
+    """Return a layout of the same size, with other documents."""
+    if layout.num_rows > 1:
+        return Layout.of_rows(padded(LENGTH, 0, n) for n in (0, 90))
+    return Layout.packed([0, 70, LENGTH])
+
+
+@pytest.mark.parametrize("pattern", [FULL, SINK, STRIDED], ids=["full", "sink", "strided"])
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
+@pytest.mark.parametrize("kind", [None, *LAYOUTS])
+def test_attention_is_one_node_of_a_compiled_graph(
+    on_cpu: Any, monkeypatch: pytest.MonkeyPatch, kind: str | None, pattern: SparsePattern
+) -> None:
+    """Its tables are constants of the graph, which is made anew for each layout and no more."""
+    # Poisoned memory asks for deterministic algorithms.
+    torch.use_deterministic_algorithms(False)
+    # As if the card were a Hopper GPU, and some package that is here the one that it takes.
+    monkeypatch.setattr(flash, "_unfit", lambda device: None)
+    monkeypatch.setattr(flash, "version", lambda name: importlib.metadata.version("numpy"))
+    monkeypatch.setattr(flash, "FLASH_ATTN_4", importlib.metadata.version("numpy"))
+    flash._missing.cache_clear()
+
+    def block(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None) -> Tensor:
+        return attention(q * 2, k, v, pattern=pattern, layout=layout, impl="flash").cos()
+
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    inputs = random_inputs(LENGTH, batch=2, heads=4, dtype=torch.bfloat16)[:3]
+    qkv = [x.requires_grad_() for x in inputs]
+    layout = None if kind is None else LAYOUTS[kind]
+    layouts = [layout, other(layout or Layout.causal(LENGTH)), layout]
+    for each in layouts:
+        results = []
+        for function in (block, compiled):
+            out = function(*qkv, each and Layout(each.queries, each.keys))
+            results.append([out, *torch.autograd.grad(out.sum(), qkv)])
+        torch.testing.assert_close(*results)
+    assert backend.frame_count == 2
+    for graph in backend.graphs:
+        called = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+        assert len([x for x in called if "longgen" in x]) == 1
+    flash._missing.cache_clear()
 
 
 @pytest.mark.parametrize(
