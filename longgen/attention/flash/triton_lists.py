@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -11,12 +9,12 @@ import triton.language as tl
 
 @triton.jit
 def _pack(
-    tiles_ptr: Any,
-    start_ptr: Any,
-    out_ptr: Any,
-    num_columns: Any,
-    row_stride: Any,
-    column_stride: Any,
+    tiles_ptr: tl.tensor,
+    start_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_columns: tl.tensor,
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     """One row: the columns that are set, in order, from its start in `out` on."""
