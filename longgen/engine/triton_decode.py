@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,26 +13,26 @@ MIN_SIDE = 16
 
 @triton.jit
 def _part(
-    q_ptr: Any,
-    k_ptr: Any,
-    v_ptr: Any,
-    table_ptr: Any,
-    length_ptr: Any,
-    visible_ptr: Any,
-    out_ptr: Any,
-    stats_ptr: Any,
-    scale_log2: Any,
-    q_row: Any,
-    q_head: Any,
-    page_stride: Any,
-    token_stride: Any,
-    head_stride: Any,
-    table_stride: Any,
-    visible_row: Any,
-    visible_head: Any,
-    capacity: Any,
-    page_size: Any,
-    num_splits: Any,
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    length_ptr: tl.tensor,
+    visible_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    scale_log2: tl.tensor,
+    q_row: tl.tensor,
+    q_head: tl.tensor,
+    page_stride: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    table_stride: tl.tensor,
+    visible_row: tl.tensor,
+    visible_head: tl.tensor,
+    capacity: tl.tensor,
+    page_size: tl.tensor,
+    num_splits: tl.tensor,
     GROUP: tl.constexpr,
     GROUP_TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -101,10 +99,10 @@ def _part(
 
 @triton.jit
 def _together(
-    out_ptr: Any,
-    stats_ptr: Any,
-    result_ptr: Any,
-    num_splits: Any,
+    out_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    result_ptr: tl.tensor,
+    num_splits: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
