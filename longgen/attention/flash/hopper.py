@@ -440,7 +440,10 @@ def listed_backward(
             torch.arange(k.shape[2], device=q.device)[None, None, :],
         )
         parts.append(_Part.of(k[place], v[place], work, strided_mask))
-    rows = _up(length, tile.m_block_size)
+    # The kernel that prepares them strides over 128 rows at a time where a head is 5 x 16 wide, and
+    # would write behind a smaller tile.
+    prepared = tile.m_block_size if _up(head_dim, _HEAD_STEP) % 32 == 0 else 128
+    rows = _up(length, prepared)
     floats: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     dq_sums = torch.empty(batch, heads, rows * _up(head_dim, _HEAD_STEP), **floats)
     products, lse_log2 = (torch.empty(batch, heads, rows, **floats) for _ in range(2))
@@ -448,7 +451,7 @@ def listed_backward(
     interface._bwd_preprocess(
         *(out, grad, products, lse, lse_log2, dq_sums, None, None),
         None if grad_lse is None else grad_lse.contiguous(),
-        *(_TYPES[q.dtype], head_dim, head_dim, tile.m_block_size),
+        *(_TYPES[q.dtype], head_dim, head_dim, prepared),
         hdim_multiple_of=_HEAD_STEP,
         fake_mode=False,
     )
