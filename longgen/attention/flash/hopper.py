@@ -37,6 +37,7 @@ from longgen.attention.flash.lists import (
     WORK_FIELDS,
 )
 from longgen.attention.flash.plan import TILE_K, Mask
+from longgen.errors import UsageError
 
 # Read when the package is imported: compiled kernels are kept across processes.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
@@ -526,6 +527,11 @@ def dense_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dq, dk, dv of `dense_forward`."""
+    if q.shape[-1] % 32:
+        raise UsageError(
+            f"flash-attn-4 computes wrong gradients of dense attention for heads of {q.shape[-1]}; "
+            'ask for gradients when calling attention, or use impl="flex".'
+        )
     dq, dk, dv = (_empty_like(x) for x in (q, k, v))
     interface._flash_attn_bwd(
         *_ready(q, k, v, out, grad),
@@ -559,7 +565,10 @@ def _ready(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (
             x.stride(-1) == 1
             and x.data_ptr() % 16 == 0
-            and all(stride % step == 0 for stride in x.stride()[:-1])
+            and all(
+                stride % step == 0 and (stride or size == 1)
+                for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+            )
         )
 
     def made_ready(x: torch.Tensor) -> torch.Tensor:

@@ -146,14 +146,16 @@ def tables(
         strided = backward_work(
             *without(maps_of(pattern, gathered), maps_of(rest, gathered)), batch, num_heads, group
         )
+        strided_mask = replace(_mask(pattern, gathered, group, head_offset), only_strided=True)
+        strided_places = _places(gathered, device) if strided_mask.by_places else []
         return Tables(
             mask,
             tile_k,
             forward,
             _mask(rest, layout, group, head_offset),
             [*work, *places],
-            replace(_mask(pattern, gathered, group, head_offset), only_strided=True),
-            [torch.from_numpy(columns).to(device), *strided, *_places(gathered, device)],
+            strided_mask,
+            [torch.from_numpy(columns).to(device), *strided, *strided_places],
         )
 
 

@@ -222,3 +222,11 @@ def test_scattered_tiles_without_mask(emulate: Callable[[int, int], Any]) -> Non
     assert case.tables().forward[2].any()
     assert not case.tables().backward[0][:, FULL_COUNT].any()
     check(emulate, case)
+
+
+def test_one_strided_block_that_is_all_there_is(emulate: Callable[[int, int], Any]) -> None:
+    """Behind it the cache has room: gathered by itself it is the plain document."""
+    pattern = SparsePattern(block_size=128, sink_blocks=0, local_blocks=1, stride_blocks=4)
+    keys = (Run(0, 0, 128), Run(PADDING, 0, 5))
+    layout = Layout(((Run(0, 0, 128),),), ((keys,),))
+    check(emulate, Case(pattern, layout, 1, 1, 0, (128, 64), 1))
