@@ -93,6 +93,18 @@ def axis_length(axis: Axis) -> int:
     return sum(run.length for run in axis)
 
 
+def cut(axis: Axis, start: int, stop: int) -> Axis:
+    """Return columns [start, stop) of an axis."""
+    runs = []
+    column = 0
+    for document, first, length in axis:
+        a, b = max(start - column, 0), min(stop - column, length)
+        if a < b:
+            runs.append(Run(document, first + a, b - a))
+        column += length
+    return tuple(runs)
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Say where the tokens of a query tensor (B, T, H, D) and a key tensor (B, S, Hkv, D) come

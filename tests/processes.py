@@ -1,0 +1,81 @@
+"""Groups of processes on this machine that talk over gloo, for tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing import connection
+from typing import Any
+
+import torch
+
+_SECONDS = 300
+
+
+def run_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Run `work(rank, *arguments)` in `count` processes, and return what each returned.
+
+    The environment is torchrun's, so that what runs under it runs here. `work` must be importable
+    by name, and what it returns must pickle.
+    """
+    # One process imports everything and is then copied, which takes milliseconds a copy.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["longgen.train.extend", "accelerate", "torch._dynamo"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(count):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_run, args=(rank, count, port, theirs, work, arguments), daemon=True
+        )
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < count:
+            ready = connection.wait([p for r, p in enumerate(pipes) if r not in results], _SECONDS)
+            assert ready, f"processes do not answer; {sorted(results)} of {count} have"
+            for rank in (pipes.index(pipe) for pipe in ready):
+                done, result = pipes[rank].recv()
+                assert done, f"process {rank} of {count} failed:\n{result}"
+                results[rank] = result
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.kill()
+    return [results[rank] for rank in range(count)]
+
+
+def _run(
+    rank: int,
+    count: int,
+    port: int,
+    pipe: Any,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        CUDA_VISIBLE_DEVICES="",
+    )
+    torch.set_num_threads(1)
+    try:
+        answer = (True, work(rank, *arguments))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    pipe.send(answer)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
