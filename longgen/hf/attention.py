@@ -12,6 +12,7 @@ from transformers.modeling_utils import AttentionInterface
 from longgen.attention import IMPLEMENTATIONS, attention
 from longgen.errors import UsageError
 from longgen.layout import Layout
+from longgen.parallel import ContextLayouts
 from longgen.plan import LayerPlan
 
 # "longgen" chooses by itself; "longgen_reference" and so on ask for one implementation by name.
@@ -31,6 +32,26 @@ class LayerLayouts:
     def of_layer(self, layer_idx: int) -> Layout:
         """Return where one layer's queries and keys stand."""
         return self.full if self.plan.layers[layer_idx] == "F" else self.sparse
+
+    def attend(
+        self,
+        layer_idx: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None,
+        impl: str,
+    ) -> torch.Tensor:
+        """Attend in one layer: q (B, T, H, D), k and v (B, S, Hkv, D) to (B, T, H, D)."""
+        return attention(
+            q,
+            k,
+            v,
+            pattern=self.plan.pattern_of(layer_idx),
+            layout=self.of_layer(layer_idx),
+            scale=scale,
+            impl=impl,
+        )
 
 
 class AttentionStep(Protocol):
@@ -64,7 +85,7 @@ def longgen_attention(
     attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
-    longgen_layouts: LayerLayouts | None = None,
+    longgen_layouts: LayerLayouts | ContextLayouts | None = None,
     longgen_step: AttentionStep | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -95,14 +116,13 @@ def longgen_attention(
         # their speed.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (states.to(dtype) for states in (query, key, value))
-    out = attention(
+    out = longgen_layouts.attend(
+        layer_idx,
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        pattern=longgen_layouts.plan.pattern_of(layer_idx),
-        layout=longgen_layouts.of_layer(layer_idx),
-        scale=scaling,
-        impl=ATTENTION_NAMES[config._attn_implementation],
+        scaling,
+        ATTENTION_NAMES[config._attn_implementation],
     )
     return out, None
 

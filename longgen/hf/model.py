@@ -17,8 +17,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from longgen.errors import UsageError
 from longgen.hf.attention import LayerLayouts, check_attention_name
 from longgen.hf.cache import HybridCache, cache_layout
+from longgen.hf.context import (
+    context_layouts,
+    labelled_tokens,
+    refuse_in_shards,
+    refuse_labels,
+)
 from longgen.hf.head import LMHead, shift
 from longgen.layout import Axis, Layout, from_position_ids
+from longgen.parallel import ContextGroup, ContextLayouts
 
 
 def left_paddings(attention_mask: torch.Tensor, batch_size: int, length: int) -> tuple[int, ...]:
@@ -114,6 +121,8 @@ class HybridModelMixin(_RefusesOtherAttention):
     training: bool
     # Families whose forward looks masks up by layer type want a dictionary.
     masks_by_layer_type: bool = False
+    # Set by `set_context_parallel`: the processes that each hold a part of every row.
+    context_group: ContextGroup | None = None
 
     def forward(
         self,
@@ -144,6 +153,12 @@ class HybridModelMixin(_RefusesOtherAttention):
                 use_cache=False,
                 **kwargs,
             )
+        if self.context_group is not None:
+            refuse_in_shards(attention_mask, past_key_values, use_cache)
+            parts, position_ids = context_layouts(
+                self.config.layer_plan, self.context_group, tokens, position_ids
+            )
+            return self._decode(input_ids, inputs_embeds, position_ids, mask, parts, **kwargs)
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
         if past_key_values is not None and not isinstance(past_key_values, HybridCache):
@@ -174,17 +189,41 @@ class HybridModelMixin(_RefusesOtherAttention):
                 columns = torch.arange(seen, seen + length, device=tokens.device)
                 starts = torch.tensor(paddings, device=tokens.device)[:, None]
                 position_ids = (columns - starts).clamp(min=0)
-        if inputs_embeds is None and torch.is_autocast_enabled(tokens.device.type):
-            # With fp32 master weights the residual stream would be fp32: twice the traffic, and
-            # other rounding than the bf16 model that is served in the end (and than FSDP2, which
-            # computes in bf16 throughout).
-            dtype = torch.get_autocast_dtype(tokens.device.type)
-            input_ids, inputs_embeds = None, self.embed_tokens(input_ids).to(dtype)  # type: ignore[attr-defined]
-        return super().forward(  # type: ignore[misc]
+        return self._decode(
+            input_ids,
+            inputs_embeds,
+            position_ids,
+            mask,
+            layouts,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _decode(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        mask: Any,
+        layouts: LayerLayouts | ContextLayouts,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run transformers' own forward with the layouts that its layers are to attend by."""
+        if inputs_embeds is None:
+            assert input_ids is not None
+            kind = input_ids.device.type
+            if torch.is_autocast_enabled(kind):
+                # With fp32 master weights the residual stream would be fp32: twice the traffic, and
+                # other rounding than the bf16 model that is served in the end (and than FSDP2,
+                # which computes in bf16 throughout).
+                dtype = torch.get_autocast_dtype(kind)
+                input_ids, inputs_embeds = None, self.embed_tokens(input_ids).to(dtype)  # type: ignore[attr-defined]
+        return super().forward(  # type: ignore[misc, no-any-return]
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             longgen_layouts=layouts,
@@ -236,6 +275,15 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
         self.model.__class__ = self.decoder_class
         self.lm_head.__class__ = LMHead
 
+    def set_context_parallel(self, group: ContextGroup | None) -> None:
+        """Have this process take its part of every row from now on, or whole rows again (None).
+
+        Inputs are then shards (`longgen.parallel.shard`) with their true `position_ids`, and the
+        loss is this shard's share of the mean: the shares of all ranks add up to the loss of the
+        rows, and their gradients (which must be added up too) to its gradient.
+        """
+        self.model.context_group = group
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -259,6 +307,9 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
         """
         # Not in the signature: the Trainer would then want both kinds of labels for an eval_loss.
         shift_labels = kwargs.pop("shift_labels", None)
+        group = self.model.context_group
+        if group is not None:
+            refuse_labels(labels, shift_labels)
         if labels is not None and shift_labels is None and self.training:
             shift_labels = shift(labels)
         if shift_labels is None:
@@ -289,6 +340,8 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
         if type(self.lm_head) is torch.nn.Linear:
             # resize_token_embeddings and set_output_embeddings put a plain layer in its place.
             self.lm_head.__class__ = LMHead
+        if group is not None and num_items_in_batch is None:
+            num_items_in_batch = labelled_tokens(shift_labels, group)
         loss = self.lm_head(outputs.last_hidden_state, shift_labels, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
