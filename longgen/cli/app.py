@@ -21,7 +21,7 @@ from longgen.cli.extend import extend
 from longgen.cli.generate import generate
 from longgen.cli.plan import plan
 from longgen.cli.several import SeveralValues
-from longgen.errors import UsageError
+from longgen.errors import ReportedElsewhere, UsageError
 
 INTERRUPTED = 130
 
@@ -32,6 +32,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except ReportedElsewhere as error:
+            raise typer.Exit(2) from error
         except UsageError as error:
             print_error(str(error))
             raise typer.Exit(2) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import typer
@@ -46,3 +47,8 @@ def format_count(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return str(count)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that reports, of those that torchrun may have started."""
+    return int(os.environ.get("RANK", "0")) == 0

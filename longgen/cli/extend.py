@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from longgen.cli.console import print_json
+from longgen.cli.console import is_first_process, print_json
 from longgen.cli.models import checkpoint_shape, progress_lines, quiet_libraries
 from longgen.cli.options import (
     BlockSizeOption,
@@ -225,6 +226,16 @@ def extend(
             "on|off|auto",
         ),
     ] = None,
+    context_parallel: Annotated[
+        int | None,
+        _option(
+            "context_parallel",
+            "Processes that share each sequence, of those that torchrun starts; 1 gives each whole "
+            "ones.",
+            _MACHINE,
+            "NUMBER",
+        ),
+    ] = None,
     save_steps: Annotated[
         int | None,
         _option("save_steps", "Steps between checkpoints.", _MACHINE, "NUMBER"),
@@ -253,20 +264,24 @@ def extend(
     for name in ("recipe", "resume", "json"):
         given.pop(name, None)
     config = resolve({**(read_recipe(recipe) if recipe else {}), **given}, resume=resume)
-    check_folder(config, resume)
+    # Of several processes the first may have begun the run by the time that another looks.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone:
+        check_folder(config, resume)
     say = progress_lines()
 
     from longgen.train.extend import extend as run
 
     quiet_libraries()
-    on_again = f"longgen extend --out {config.out} --resume"
+    program = "longgen" if alone else "torchrun (as before) -m longgen"
+    on_again = f"{program} extend --out {config.out} --resume"
     try:
         record = run(config, resume=resume, say=say)
     except KeyboardInterrupt:
         if (training_folder(config.out)).is_dir():
             say(f"stopped without saving; go on from the last checkpoint with: {on_again}")
         raise
-    if json:
+    if json and is_first_process():
         print_json(record)
     if not record["finished"]:
         say(f"go on with: {on_again}")

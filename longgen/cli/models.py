@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from longgen.checkpoint import find_config, load_model, load_tokenizer
+from longgen.cli.console import is_first_process
 from longgen.errors import UsageError
 from longgen.shapes import SHAPES, ModelShape, load_shape
 
@@ -125,10 +126,15 @@ def quiet_libraries() -> None:
 
 
 def progress_lines() -> Callable[[str], None]:
-    """Return a function that prints one line of progress on standard error, plain when piped."""
+    """Return a function that prints one line of progress on standard error, plain when piped.
+
+    Of several processes the first alone prints.
+    """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def say(line: str) -> None:
+        if not is_first_process():
+            return
         text = Text(line)
         text.highlight_regex(r"^step \d+/\d+", "bold")
         text.highlight_regex(r"loss [\d.]+", "green")

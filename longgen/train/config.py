@@ -32,6 +32,7 @@ _LOWEST = {
     "seed": 0,
     "recall_records": 1,
     "heldout_tokens": 1,
+    "context_parallel": 1,
     "save_steps": 1,
     "log_steps": 1,
 }
@@ -75,6 +76,7 @@ class ExtendConfig:
         gradient_checkpointing: recompute layers in the backward pass ("auto": if the estimate says
             it does not fit otherwise).
         compile: compile the layers' element-wise parts ("auto": on GPUs).
+        context_parallel: processes that share each sequence, of those that torchrun starts.
         save_steps: steps between checkpoints.
         log_steps: steps between lines of progress.
         force: start even if the estimate says that it does not fit the GPU.
@@ -104,6 +106,7 @@ class ExtendConfig:
     allow_repeat: bool = False
     gradient_checkpointing: str = "auto"
     compile: str = "auto"
+    context_parallel: int = 1
     save_steps: int = 100
     log_steps: int = 10
     force: bool = field(default=False, compare=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import time
@@ -37,11 +36,13 @@ from longgen.data.tokenized import tokenize_documents
 from longgen.errors import UsageError
 from longgen.evaluate.results import card_name, versions
 from longgen.gpus import machine_gpus
+from longgen.parallel import check_divides
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.config import ExtendConfig, check_context
 from longgen.train.folder import HELDOUT, RUN, check_folder, training_folder
+from longgen.train.processes import Processes
 from longgen.train.trainer import (
     LongGenTrainer,
     Progress,
@@ -53,6 +54,10 @@ from longgen.train.trainer import (
 
 def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> dict[str, Any]:
     """Extend a model's context: convert, train, and write the hybrid to `config.out`.
+
+    Under torchrun every process calls this. `context_parallel` neighbours share each sequence, the
+    groups of them share a step's sequences, and each process holds the whole model. `config.out`
+    must be the same folder for all.
 
     Ctrl-C stops after the step in hand with a checkpoint; `resume` goes on from the newest whole
     one, with the data, order and losses that the uninterrupted run would have had.
@@ -69,11 +74,15 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     Raises:
         UsageError: for anything that the user can put right; nothing is written then.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    processes = Processes.start(config.context_parallel)
+    check_divides(config.context, config.context_parallel)
+    if config.sequences_per_step % processes.data_parallel:
         raise UsageError(
-            f"Training runs on one GPU in this version, but {os.environ['WORLD_SIZE']} processes "
-            "were started. Run `longgen extend` without torchrun."
+            f"A step has {config.sequences_per_step} sequences, which {processes.data_parallel} "
+            "groups of processes cannot share equally; change batch_tokens or context_parallel."
         )
+    if not processes.is_first:
+        say = _silent
     base = read_config(config.model)
     refuse_hybrid(base, config.model)
     check_context(config.context, base.max_position_embeddings, config.model)
@@ -85,11 +94,17 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, base.vocab_size)
     checkpointing, planned = _fit(config, shape)
-    documents = None if resume else _documents(config)
+    documents = processes.first(lambda: None if resume else _documents(config), lambda: None)
     folder, created = training_folder(config.out), not Path(config.out).exists()
-    checkpoint = _begin(config, resume, say)
+    checkpoint = processes.first(
+        lambda: _begin(config, resume, say),
+        lambda: newest_checkpoint(folder)[0] if resume else None,
+    )
     try:
-        corpus = _corpus(config, tokenizer, documents, say)
+        corpus = processes.first(
+            lambda: _corpus(config, tokenizer, documents, say),
+            lambda: TokenizedCorpus.open(folder / "corpus"),
+        )
         train, heldout = _split(config, corpus)
         recall = (
             RecallText(tokenizer, records_per_sequence=config.recall_records)
@@ -112,11 +127,12 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
             dtype=torch.float32,
         )
     except BaseException:
-        if not resume:
+        if not resume and processes.is_first:
             shutil.rmtree(Path(config.out) if created else folder, ignore_errors=True)
         raise
-    text = np.concatenate([heldout.document(i) for i in range(len(heldout))])
-    np.save(folder / HELDOUT, text)
+    if processes.is_first:
+        text = np.concatenate([heldout.document(i) for i in range(len(heldout))])
+        np.save(folder / HELDOUT, text)
     report = packed.report()
     say(
         f"{train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out; "
@@ -132,13 +148,14 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
         "longgen": __version__,
         "versions": versions(),
         "card": card_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "processes": processes.count,
         "config": config.to_dict(),
         "rope_theta": hybrid.config.rope_parameters["rope_theta"],
         "original_context": base.max_position_embeddings,
         "data": corpus.info.get("sources"),
         "packing": report.to_dict(),
     }
-    figures = _train(config, hybrid, packed, shape, plan, checkpointing, checkpoint, say)
+    figures = _train(config, hybrid, packed, shape, plan, checkpointing, checkpoint, processes, say)
     record["training"] = {**figures, "planned_bytes": planned}
     record["finished"] = not figures["interrupted"]
     if figures["interrupted"]:
@@ -149,9 +166,13 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
         return record
     hybrid.to(base.dtype or torch.bfloat16)
     hybrid.config.use_cache = True
-    save_hybrid(hybrid, tokenizer, Path(config.out), record)
+    processes.first(lambda: save_hybrid(hybrid, tokenizer, Path(config.out), record), lambda: None)
     say(f"hybrid written to {config.out}")
     return record
+
+
+def _silent(line: str) -> None:
+    """Leave the reporting to the first process."""
 
 
 def _fit(config: ExtendConfig, shape: ModelShape) -> tuple[bool, int]:
@@ -159,7 +180,8 @@ def _fit(config: ExtendConfig, shape: ModelShape) -> tuple[bool, int]:
     bytes."""
 
     def estimate(checkpointing: bool) -> Any:
-        return training_memory(shape, config.context, gradient_checkpointing=checkpointing)
+        tokens = config.context // config.context_parallel
+        return training_memory(shape, tokens, gradient_checkpointing=checkpointing)
 
     gpus = machine_gpus()
     checkpointing = config.gradient_checkpointing != "off"
@@ -254,6 +276,7 @@ def _train(
     plan: LayerPlan,
     checkpointing: bool,
     checkpoint: Path | None,
+    processes: Processes,
     say: Say,
 ) -> dict[str, Any]:
     from transformers import PrinterCallback, ProgressCallback, TrainingArguments
@@ -287,14 +310,16 @@ def _train(
         dataloader_num_workers=2 if on_gpu else 0,
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
+        ddp_backend=None if on_gpu or processes.count == 1 else "gloo",
+        ddp_find_unused_parameters=False if processes.count > 1 else None,
     )
     # The Trainer would wrap the model in DataParallel over all GPUs, which breaks packed sequences.
     if arguments.n_gpu > 1:
         say(f"training on 1 of {arguments.n_gpu} GPUs")
         arguments._n_gpu = 1
-    arguments.gradient_accumulation_steps = config.sequences_per_step
+    arguments.gradient_accumulation_steps = config.sequences_per_step // processes.data_parallel
     card = torch.cuda.get_device_name() if on_gpu else None
-    progress = Progress(shape, plan, folder, config.log_steps, card, say)
+    progress = Progress(shape, plan, folder, config.log_steps, card, say, processes)
     if checkpointing:
         # Transformers has renamed it; the Trainer's own setting warns in one release or the other.
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -304,9 +329,10 @@ def _train(
     trainer = LongGenTrainer(
         model=model,
         args=arguments,
-        train_dataset=TrainingSequences(packed, config.num_sequences),
+        group=processes.group,
+        train_dataset=TrainingSequences(packed, config.num_sequences, processes.context_parallel),
         data_collator=default_collate,
-        callbacks=[progress, *_tensorboard(folder)],
+        callbacks=[progress, *(_tensorboard(folder) if processes.is_first else [])],
     )
     trainer.progress = progress
     for callback in (PrinterCallback, ProgressCallback):
@@ -324,6 +350,7 @@ def _train(
         ) from error
     finally:
         progress.release()
+    model.set_context_parallel(None)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "interrupted": progress.interrupted and trainer.state.global_step < config.steps,

@@ -26,8 +26,10 @@ from transformers import Trainer, TrainerCallback
 from longgen.accounting import training_flops
 from longgen.errors import UsageError
 from longgen.gpus import peak_flops
+from longgen.parallel import ContextGroup, shard
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
+from longgen.train.processes import Processes
 
 WHOLE = "whole.json"
 
@@ -36,37 +38,66 @@ Say = Callable[[str], None]
 
 class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
     """Serve the first `count` sequences of an endless, index-addressed stream, with the keys that
-    the Trainer wants."""
+    the Trainer wants.
 
-    def __init__(self, packed: Any, count: int) -> None:
+    Cut into shards, item i is shard i % num_shards of sequence i // num_shards. The Trainer deals
+    items out to processes in turn, so that neighbours get the shards of one sequence, and counts
+    each label once.
+    """
+
+    def __init__(self, packed: Any, count: int, num_shards: int = 1) -> None:
         self.packed = packed
         self.count = count
+        self.num_shards = num_shards
 
     def __len__(self) -> int:
-        return self.count
+        return self.count * self.num_shards
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        item = self.packed.item(index)
+        item = self.packed.item(index // self.num_shards)
+        keys = ("input_ids", "position_ids", "shift_labels")
+        part = shard({key: item[key] for key in keys}, index % self.num_shards, self.num_shards)
         # The Trainer counts tokens only where there are "labels"; the model trains on shift_labels.
-        return {
-            "input_ids": item["input_ids"],
-            "position_ids": item["position_ids"],
-            "shift_labels": item["shift_labels"],
-            "labels": item["shift_labels"],
-        }
+        return {**part, "labels": part["shift_labels"]}
 
 
 class LongGenTrainer(Trainer):
     """Train on sequences in the order of their index, so that a resumed run sees what it would have
-    seen."""
+    seen.
+
+    Args:
+        group: the processes that share a sequence, whose shards `train_dataset` deals out
+            (`TrainingSequences` with as many shards); None if each has whole ones.
+
+    Other arguments are the Trainer's.
+    """
 
     progress: Progress
+
+    def __init__(self, *args: Any, group: ContextGroup | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+        if self.args.world_size > 1 and not self.args.average_tokens_across_devices:
+            raise UsageError(
+                "average_tokens_across_devices is off: the loss would be a mean of means over "
+                "uneven numbers of tokens. Leave it on."
+            )
+        if group is None:
+            return
+        if self.args.per_device_train_batch_size != 1:
+            raise UsageError(
+                f"per_device_train_batch_size is {self.args.per_device_train_batch_size}; under "
+                "context parallelism each process takes its part of one sequence at a time. Set "
+                "it to 1 and use gradient_accumulation_steps."
+            )
+        self.model.set_context_parallel(group)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.progress.count(inputs["position_ids"])
+        positions = inputs["position_ids"]
+        self.progress.count(positions if self.group is None else self.group.gather(positions))
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -91,6 +122,7 @@ class Progress(TrainerCallback):
         log_steps: steps between lines.
         card: the card's name, for its peak rate; None on CPU.
         say: prints one line.
+        processes: those of the run; None is this one alone.
     """
 
     def __init__(
@@ -101,11 +133,14 @@ class Progress(TrainerCallback):
         log_steps: int,
         card: str | None,
         say: Say,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
         self.shape, self.plan = shape, plan
         self.log_path = folder / "log.jsonl"
         self.log_steps = log_steps
-        self.peak = peak_flops(card) if card else None
+        peak = peak_flops(card) if card else None
+        self.peak = peak * self.processes.count if peak else None
         self.say = say
         self.interrupted = False
         self.flops = 0.0
@@ -118,8 +153,8 @@ class Progress(TrainerCallback):
         self._process = os.getpid()
 
     def count(self, position_ids: torch.Tensor) -> None:
-        """Add up the tokens and model FLOPs of one batch: those of its documents, not of the packed
-        length."""
+        """Add up the tokens and model FLOPs of one batch of whole rows: those of its documents, not
+        of the packed length."""
         for row in position_ids.cpu().numpy():
             starts = np.flatnonzero(row == 0)
             for length in np.diff(np.append(starts, len(row))).tolist():
@@ -162,7 +197,9 @@ class Progress(TrainerCallback):
             self.say("stopping after this step and saving; Ctrl-C again stops at once, unsaved")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.interrupted:
+        # The signal reaches processes in different steps; they must stop in the same one.
+        if self.processes.any(self.interrupted):
+            self.interrupted = True
             control.should_save = True
             control.should_log = True
             control.should_training_stop = True
@@ -176,21 +213,24 @@ class Progress(TrainerCallback):
                 f"The loss became {logs['loss']} at step {state.global_step}: the training "
                 "diverged. Start again with a lower learning rate."
             )
+        # Each process has counted the rows of its group.
+        shares = self.processes.context_parallel
+        tokens, flops = (n / shares for n in self.processes.sum([self.tokens, self.flops]))
+        self.tokens, self.flops = 0, 0.0
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        speed = self.tokens / seconds
+        speed = tokens / seconds
         line = {
             "step": state.global_step,
             "loss": logs["loss"],
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs.get("learning_rate"),
             "tokens_per_second": speed,
-            "mfu": self.flops / seconds / self.peak if self.peak else None,
+            "mfu": flops / seconds / self.peak if self.peak else None,
             "seconds": seconds,
-            "tokens": self.tokens,
+            "tokens": int(tokens),
         }
-        self.speeds.append({"tokens": self.tokens, "seconds": seconds, "flops": self.flops})
-        self.tokens, self.flops = 0, 0.0
+        self.speeds.append({"tokens": tokens, "seconds": seconds, "flops": flops})
         if not state.is_world_process_zero:
             return
         with open(self.log_path, "a", encoding="utf-8") as file:
@@ -212,6 +252,8 @@ class Progress(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        # Every process has written its part.
+        self.processes.wait()
         if state.is_world_process_zero:
             (folder / WHOLE).write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
 

@@ -75,6 +75,7 @@ def test_every_setting_has_an_option_that_reaches_it(
         "allow_repeat": True,
         "gradient_checkpointing": "off",
         "compile": "on",
+        "context_parallel": 3,
         "save_steps": 5,
         "log_steps": 6,
         "force": True,

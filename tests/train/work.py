@@ -1,0 +1,149 @@
+"""What test processes do: the same few training steps, alone or shared out."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from longgen.hf import LongGenLlamaConfig, LongGenLlamaForCausalLM
+from longgen.parallel import ContextGroup
+from longgen.pattern import SparsePattern
+from longgen.plan import LayerPlan
+from longgen.shapes import ModelShape
+from longgen.train.processes import Processes
+from longgen.train.trainer import LongGenTrainer, Progress, TrainingSequences
+
+CONTEXT, STEPS, SEQUENCES = 128, 6, 4
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run of six steps of four sequences."""
+
+    pattern: SparsePattern
+    heads: tuple[int, int]
+    packed: bool
+    checkpointing: bool
+    full_mode: str = "auto"
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+class Sequences:
+    """Serve sequences of documents of any length, with very uneven numbers of labels."""
+
+    def __init__(self, packed: bool) -> None:
+        self.packed = packed
+
+    def item(self, index: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng(index)
+        ids = torch.from_numpy(rng.integers(0, 97, CONTEXT))
+        borders = sorted(rng.integers(1, CONTEXT, 4).tolist()) if self.packed else []
+        positions = torch.cat(
+            [torch.arange(b - a) for a, b in zip([0, *borders], [*borders, CONTEXT], strict=True)]
+        )
+        labels = torch.cat([ids[1:], torch.tensor([-100])])
+        labels[:-1][positions[1:] == 0] = -100
+        labels[: int(rng.integers(0, CONTEXT - 1))] = -100
+        return {"input_ids": ids, "position_ids": positions, "shift_labels": labels}
+
+
+class Losses(TrainerCallback):
+    """Keep what the Trainer logs, in full precision."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[float, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.logged.append((logs["loss"], logs["grad_norm"]))
+
+
+def make_model(run: Training) -> Any:
+    """Return a tiny hybrid with random weights, the same every time."""
+    torch.manual_seed(0)
+    heads, kv_heads = run.heads
+    config = LongGenLlamaConfig(
+        vocab_size=97,
+        hidden_size=8 * heads,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.2,
+        layer_types=LayerPlan.build(4, "1,2").layer_types,
+        longgen={"pattern": run.pattern.to_dict()},
+        use_cache=False,
+    )
+    return LongGenLlamaForCausalLM(config).float()
+
+
+def train(run: Training, processes: Processes) -> dict[str, Any]:
+    """Train, and return the logged losses, the tokens counted and the weights."""
+    model = make_model(run)
+    group = processes.group
+    if group is not None:
+        group = ContextGroup(group.rank, group.size, group.process_group, run.full_mode)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=SEQUENCES // processes.data_parallel,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            ddp_backend="gloo" if processes.count > 1 else None,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **run.optimizer,
+        )
+        losses = Losses()
+        shards = processes.context_parallel
+        if run.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer = LongGenTrainer(
+            model=model,
+            args=arguments,
+            group=group,
+            train_dataset=TrainingSequences(
+                Sequences(run.packed), STEPS * SEQUENCES, shards
+            ),
+            data_collator=default_collate,
+            callbacks=[losses],
+        )
+        trainer.remove_callback(PrinterCallback)
+        shape = ModelShape.from_config(model.config)
+        plan = model.config.layer_plan
+        trainer.progress = Progress(
+            shape, plan, Path(folder), 1, None, lambda line: None, processes
+        )
+        trainer.train()
+        tokens, flops = processes.sum([trainer.progress.tokens, trainer.progress.flops])
+    return {
+        "logged": losses.logged,
+        "tokens": tokens / shards,
+        "flops": flops / shards,
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+    }
+
+
+def train_all(rank: int, runs: list[tuple[Training, int]]) -> list[dict[str, Any]]:
+    """Do every run with its size of the context-parallel groups."""
+    results = []
+    for run, size in runs:
+        result = train(run, Processes.start(size))
+        # Every process must end with the same weights; those of the first go back.
+        result["weights"] = {k: v.numpy() for k, v in result["weights"].items()}
+        results.append(result)
+    return results
