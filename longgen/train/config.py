@@ -172,7 +172,15 @@ class ExtendConfig:
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Name the settings that would make a resumed run another run than the one that began with
         `earlier`."""
-        free = {"out", "force", "save_steps", "log_steps", "gradient_checkpointing", "compile"}
+        free = {
+            "out",
+            "force",
+            "save_steps",
+            "log_steps",
+            "gradient_checkpointing",
+            "compile",
+            "context_parallel",
+        }
         mine = self.to_dict()
         return [
             f"{name} was {earlier.get(name)!r} and is now {value!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from longgen.train.trainer import Progress
 
 
 def extend_twice(rank: int, whole: ExtendConfig, stopped: ExtendConfig) -> dict[str, Any]:
-    """Run `whole`; run `stopped` with Ctrl-C on the last process alone, then resume it.
+    """Run `whole`; run `stopped` with Ctrl-C on the last process alone, copy it, then resume it.
 
     Returns:
         The lines printed and the records of the three.
@@ -37,6 +38,8 @@ def extend_twice(rank: int, whole: ExtendConfig, stopped: ExtendConfig) -> dict[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Progress, "count", strike)
         records.append(extend(stopped, say=lines.append))
+    if not rank:
+        shutil.copytree(stopped.out, f"{stopped.out}-copy")
     records.append(extend(stopped, resume=True, say=lines.append))
     return {"lines": lines, "records": records}
 

@@ -55,6 +55,12 @@ def test_two_processes_share_sequences_and_resume_as_if_never_stopped(settings: 
         assert one["tokens"] == other["tokens"] == 512
         # AdamW turns rounding noise of gradients near zero into steps of full size.
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    # Gone on with by one process, it stays the same run but for rounding.
+    copy = replace(stopped, out=stopped.out + "-copy", context_parallel=1)
+    extend(copy, resume=True, say=lambda line: None)
+    assert len(log(copy)) == 6
+    for one, other in zip(log(copy), log(stopped), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
     held = [np.load(training_folder(config.out) / "heldout.npy") for config in (alone, whole)]
     assert np.array_equal(*held)
 
