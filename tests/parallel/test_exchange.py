@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longgen.layout import Axis, contiguous, packed
+from longgen.layout import Axis, Run, contiguous, packed
 from longgen.pattern import SparsePattern
 from tests.parallel.work import Case, compare
 from tests.processes import run_processes
@@ -18,6 +18,8 @@ TOTAL = 240
 ONE = (contiguous(TOTAL),)
 CROSSING = (packed([0, 50, 55, 200, TOTAL]),)
 ALIGNED = (packed([0, 60, 120, 180, TOTAL]),)
+# Rows that begin in the middle of a document: what came before is nowhere.
+LATE = ((Run(0, 100, 150), Run(1, 7, 90)),)
 MIXED = (packed([0, 50, 55, 200, TOTAL]), contiguous(TOTAL), packed([0, 119, 121, TOTAL]))
 
 
@@ -57,6 +59,9 @@ CASES = {
             ("window-aligned", WINDOW, ALIGNED, (4, 2, 8), (2, 4), "ranges"),
             ("strided", STRIDED, ONE, (4, 4, 8), (1, 2, 3, 4), "ranges"),
             ("strided-packed", STRIDED, CROSSING, (6, 3, 8), (2, 3, 4), "ranges"),
+            ("window-late", WINDOW, LATE, (4, 2, 8), (2, 4), "ranges"),
+            ("strided-late", STRIDED, LATE, (3, 3, 8), (3,), "ranges"),
+            ("full-late", SparsePattern.full(), LATE, (4, 2, 8), (2,), "heads"),
             ("strided-rows", STRIDED, MIXED, (4, 2, 8), (2, 4), "ranges"),
             ("full", SparsePattern.full(), ONE, (3, 1, 8), (2, 3, 4), "ranges"),
             ("full-rows", SparsePattern.full(), MIXED, (5, 5, 8), (2, 4), "ranges"),
