@@ -8,7 +8,6 @@ always meets the card as a certain other left it.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,18 +25,17 @@ from longgen.bench.checks import (
     gate_length,
     gate_shape,
 )
+from longgen.bench.failures import check_device, clear, reason
 from longgen.bench.providers import CannotDo, Job, Provider
 from longgen.bench.settings import DTYPES, Settings
 from longgen.bench.timing import Ceiling, Clock, Spread, measure_ceiling
 from longgen.bench.work import Work, attention_flops
 from longgen.errors import UsageError
-from longgen.evaluate.cost import is_out_of_memory
 from longgen.evaluate.results import say_tokens
 from longgen.pattern import SparsePattern
 
 ResultRow = dict[str, Any]
 UNIT = "TFLOP/s"
-_LONGEST_REASON = 400
 
 
 @dataclass(slots=True)
@@ -166,28 +164,16 @@ class AttentionBench:
             entry.error = f"{error}."
         except Exception as error:
             # Whatever a peer's kernel or compiler throws: the others go on.
-            if is_out_of_memory(error):
-                entry.error = f"Out of memory at {length:,} tokens."
-            else:
-                text = " ".join(f"{type(error).__name__}: {error}".split())
-                entry.error = text[:_LONGEST_REASON]
-        # After the handler: until it ends, the exception's frames hold the tensors.
+            entry.error = reason(error, f"at {length:,} tokens")
         if entry.error:
             self.say(f"{name} {work.name} {say_tokens(length)}: {entry.error}")
-        self._clear()
-        try:
-            self.clock.wait()
-        except RuntimeError as error:
-            raise UsageError(
-                f"{name} left the GPU unusable on {work.name} at {length:,} tokens: {entry.error} "
-                "Leave it out with --providers; the results so far are kept."
-            ) from error
+        clear(self.settings.device)
+        check_device(
+            self.clock,
+            f"{name} left the GPU unusable on {work.name} at {length:,} tokens: {entry.error}",
+            "Leave it out with --providers; the results so far are kept.",
+        )
         return False
-
-    def _clear(self) -> None:
-        gc.collect()
-        if self.settings.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _entries(self, work: Work, providers: Sequence[Provider]) -> list[_Entry]:
         entries = []
@@ -222,7 +208,7 @@ class AttentionBench:
 
             if not self._attempt(entry, small, check):
                 failed[entry.provider.name] = entry.error or ""
-        self._clear()
+        clear(self.settings.device)
         return failed
 
     def _measure(self, work: Work, providers: Sequence[Provider], failed: dict[str, str]) -> None:
@@ -254,7 +240,7 @@ class AttentionBench:
             for entry in entries:
                 self._report(entry, work)
         sets.clear()
-        self._clear()
+        clear(self.settings.device)
 
     def _inputs(self, work: Work) -> list[Inputs]:
         """Draw as many sets of inputs as it takes to have none of them in the L2 cache."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -15,6 +16,8 @@ from longgen.evaluate.needle import evaluating
 from longgen.hf import cache_bytes
 
 WARMUP_STEPS = 3
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,11 +133,11 @@ def _measure(
     prefill: list[float] = []
     for _ in range(warmup + repeats):
         cache: Cache | None = None  # let go of the last one before the next is filled
-        cache, seconds = _timed(model.device, partial(_prefill, model, prompt, cost.prefill_chunk))
+        cache, seconds = timed(model.device, partial(_prefill, model, prompt, cost.prefill_chunk))
         prefill.append(seconds)
     held = cache_bytes(cache)
     steps = [
-        _timed(model.device, partial(_forward, model, t, cache))[1] for t in new.split(1, dim=1)
+        timed(model.device, partial(_forward, model, t, cache))[1] for t in new.split(1, dim=1)
     ]
     return replace(
         cost,
@@ -158,7 +161,7 @@ def _prefill(model: PreTrainedModel, prompt: torch.Tensor, chunk: int) -> Cache:
     return cache
 
 
-def _timed(device: torch.device, work: Callable[[], Cache]) -> tuple[Cache, float]:
+def timed(device: torch.device, work: Callable[[], Result]) -> tuple[Result, float]:
     """Run `work` and give its result and the seconds it took, the device's work included."""
     if device.type != "cuda":
         begin = time.perf_counter()

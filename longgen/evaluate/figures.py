@@ -4,7 +4,7 @@ Colours are those of Okabe and Ito, which hold up for colour-blind readers. matp
 `pip install longgen[plots]`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,31 @@ def finish(axes: "Axes", found: Mapping[str, object]) -> None:
     """Tidy axes and put a legend of the lines in `found` on them."""
     tidy(axes)
     axes.legend(edgecolor="none", framealpha=0.8, fontsize=9, ncols=1 if len(found) < 5 else 2)
+
+
+def write_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write the last figure of every line beside its last point, pushed up where two overlap.
+
+    Args:
+        axes: whose limits and scales are set already.
+        ends: x, y, text and colour of every line's end.
+    """
+    lowest = 0.0
+    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
+        height = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]
+        place = max(height, lowest)
+        lowest = place + 0.055
+        axes.annotate(
+            text,
+            (x, place),
+            xycoords=("data", "axes fraction"),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=colour,
+            annotation_clip=False,
+        )
 
 
 def save(figure: "Figure", path: str | Path) -> Path:

@@ -12,7 +12,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from longgen.errors import UsageError
-from longgen.evaluate.figures import GREY, canvas
+from longgen.evaluate.figures import GREY, canvas, write_ends
 from longgen.evaluate.figures import finish as _finish
 from longgen.evaluate.figures import save as _save
 from longgen.evaluate.results import (
@@ -261,7 +261,7 @@ def _plot_by_length(
     axes.set_ylabel(ylabel)
     axes.set_title(title, fontsize=11)
     _finish(axes, found)
-    _write_ends(axes, ends)
+    write_ends(axes, ends)
     failed = []
     for name, group in select(rows, metric).items():
         gaps = ", ".join(say_tokens(row["length"]) for row in group if row["value"] is None)
@@ -269,26 +269,6 @@ def _plot_by_length(
     if failed:
         figure.supxlabel("; ".join(failed), fontsize=9, color=GREY)
     return _save(figure, path)
-
-
-def _write_ends(axes: "Axes", ends: list[tuple[int, float, str, str]]) -> None:
-    """Write the last figure of every line beside its last point, pushed up where two overlap."""
-    top = axes.get_ylim()[1]
-    lowest = 0.0
-    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
-        place = max(y / top, lowest)
-        lowest = place + 0.055
-        axes.annotate(
-            text,
-            (x, place),
-            xycoords=("data", "axes fraction"),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=colour,
-            annotation_clip=False,
-        )
 
 
 def _figure(

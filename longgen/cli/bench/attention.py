@@ -1,16 +1,27 @@
-"""`longgen bench`: measure LongGen's parts against what else does the same work."""
+"""`longgen bench attention`: LongGen's attention beside its peers."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from longgen.cli.console import print_json, stdout_console, three_figures
+from longgen.cli.bench.shared import (
+    DtypeOption,
+    SeedOption,
+    ask_for_gpu,
+    choose_dtype,
+    draw,
+    figures,
+    open_results,
+    refuse_unknown,
+    run_to_end,
+    say_ceiling,
+    split_list,
+)
+from longgen.cli.console import print_json, stdout_console
 from longgen.cli.models import DeviceOption, find_device, progress_lines
 from longgen.cli.options import (
     BlockSizeOption,
@@ -36,17 +47,7 @@ if TYPE_CHECKING:
 
 CUSTOM = "custom"
 
-bench = typer.Typer(
-    no_args_is_help=True, help="Measure speed on this machine, beside what else does the same."
-)
 
-
-@bench.callback()
-def _bench() -> None:
-    """Measure speed on this machine, beside what else does the same work."""
-
-
-@bench.command()
 def attention(
     patterns: Annotated[
         str | None,
@@ -84,14 +85,7 @@ def attention(
     head_dim: Annotated[
         int | None, typer.Option("--head-dim", min=1, help="Size of a head. [default: 128]")
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            metavar="NAME",
-            help="Number format: bf16, fp16 or fp32. [default: bf16 on a GPU, fp32 on a CPU]",
-        ),
-    ] = None,
+    dtype: DtypeOption = None,
     directions: Annotated[
         str | None,
         typer.Option(
@@ -115,7 +109,7 @@ def attention(
             "heads and providers. Runs without a GPU too, at tiny lengths.",
         ),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs and samples.")] = 0,
+    seed: SeedOption = 0,
     out: Annotated[
         str | None,
         typer.Option(
@@ -148,15 +142,13 @@ def attention(
         head_shift=head_shift,
     )
     custom = own.sparse_pattern() if own.given else None
-    texts = _list(lengths)
+    texts = split_list(lengths)
     chosen_lengths = None if texts is None else tuple(parse_tokens(text) for text in texts)
 
     place = find_device(device)
-    if place.type != "cuda" and not quick:
-        raise UsageError(
-            "There is no GPU to measure, and a CPU says nothing about one. Add --quick to try the "
-            "portable implementations on this CPU at tiny lengths."
-        )
+    ask_for_gpu(
+        place, quick=quick, instead="the portable implementations on this CPU at tiny lengths"
+    )
 
     from longgen.bench.attention import AttentionBench
 
@@ -167,38 +159,22 @@ def attention(
         lengths=chosen_lengths,
         heads=_heads(shape, heads, kv_heads, head_dim, place, quick),
         dtype=dtype,
-        directions=_list(directions),
-        providers=_list(providers),
+        directions=split_list(directions),
+        providers=split_list(providers),
         seed=seed,
     )
     say = progress_lines()
     if place.type != "cuda":
         say("no GPU: tiny lengths on the CPU; these figures say nothing about a GPU")
 
-    from longgen.bench.save import ResultsFile
-
-    file = None
-    if out is not None:
-        file = ResultsFile(
-            Path(out),
-            "attention",
-            command=shlex.join(["longgen", *sys.argv[1:]]),
-            seed=seed,
-            device=place,
-            packages=_packages(settings),
-        )
-        file.check()
+    file = open_results(out, "attention", seed=seed, device=place, packages=_packages(settings))
 
     def flush(row: dict[str, Any]) -> None:
         if file:
             file.write(run.rows, _extra(run, settings))
 
     run = AttentionBench(settings, on_row=flush, say=say)
-    try:
-        run.run()
-    except KeyboardInterrupt:
-        say("stopped; the rows so far are kept" if file else "stopped")
-        raise
+    run_to_end(run.run, file, say)
     if file:
         file.write(run.rows, _extra(run, settings), partial=False)
         _draw(run, settings, Path(out or "."), say)
@@ -210,25 +186,16 @@ def attention(
             stdout_console().print(f"Results are in {file.path.parent}")
 
 
-def _list(text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
 def _patterns(
     text: str | None, custom: SparsePattern | None, quick: bool
 ) -> dict[str, SparsePattern]:
     """Return the patterns by name: those of --patterns, and the one of the pattern options."""
     from longgen.bench.work import PATTERNS
 
-    names = _list(text)
+    names = split_list(text)
     if names is None:
         names = () if custom else ("full", "sink_2k") if quick else tuple(PATTERNS)[:4]
-    unknown = [name for name in names if name not in PATTERNS]
-    if unknown or not (names or custom):
-        what = ", ".join(map(repr, unknown)) or "no name"
-        raise UsageError(f"--patterns has {what}; choose from {', '.join(PATTERNS)}.")
+    refuse_unknown("--patterns", names or (None if custom else ()), tuple(PATTERNS))
     found = {name: PATTERNS[name] for name in names}
     return found | ({CUSTOM: custom} if custom else {})
 
@@ -270,16 +237,11 @@ def _settings(
     seed: int,
 ) -> Settings:
     from longgen.bench.providers import choose, default_providers
-    from longgen.bench.settings import DTYPES, Settings, quick_settings
+    from longgen.bench.settings import Settings, quick_settings
     from longgen.bench.work import DIRECTIONS
 
-    dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
-    if dtype not in DTYPES:
-        raise UsageError(f"The dtype {dtype!r} is not known; give {', '.join(DTYPES)}.")
-    unknown = [name for name in directions or () if name not in DIRECTIONS]
-    if unknown or directions == ():
-        what = ", ".join(map(repr, unknown)) or "no name"
-        raise UsageError(f"--directions has {what}; choose from {', '.join(DIRECTIONS)}.")
+    dtype = choose_dtype(dtype, device)
+    refuse_unknown("--directions", directions, DIRECTIONS)
     if providers == () or lengths == ():
         raise UsageError("--providers and --lengths need at least one value each.")
     settings = Settings(
@@ -317,10 +279,7 @@ def _draw(run: AttentionBench, settings: Settings, folder: Path, say: Any) -> No
 
     card = card_name(settings.device)
     title = f"Attention on {card}: {settings.shape}, {settings.dtype}, batch 1"
-    try:
-        plot_attention(run.rows, folder / "attention.png", title=title)
-    except UsageError as error:  # the figures are there; only the picture is not
-        say(str(error))
+    draw(lambda: plot_attention(run.rows, folder / "attention.png", title=title), say)
 
 
 def _print_table(run: AttentionBench) -> None:
@@ -351,18 +310,14 @@ def _print_table(run: AttentionBench) -> None:
                     cells += ["-", "", ""]
                     continue
                 cells += [
-                    _figures(row["value"]),
+                    figures(row["value"]),
                     f"{row['share_of_matmul']:.0%}",
-                    _figures(row["ms"]),
+                    figures(row["ms"]),
                 ]
             table.add_row(*cells)
     console = stdout_console()
     if run.ceiling:
-        rate = run.ceiling.row()
-        console.print(
-            f"{rate['matmul_size']}^3 matmul: {_figures(rate['matmul_tflops'])} TFLOP/s; copy: "
-            f"{_figures(rate['copy_terabytes_per_second'])} TB/s"
-        )
+        console.print(say_ceiling(run.ceiling))
     console.print(table)
     notes = {f"{row['provider']}: {row['note']}" for row in run.rows if "note" in row}
     failed = {
@@ -375,7 +330,3 @@ def _print_table(run: AttentionBench) -> None:
     for skip in run.skipped:
         where = f" {skip['pattern']}" if skip["pattern"] else ""
         console.print(f"{skip['provider']}{where} was left out: {skip['reason']}")
-
-
-def _figures(number: Any) -> str:
-    return f"{number:.2g}" if number < 0.995 else three_figures(number)

@@ -1,0 +1,19 @@
+"""`longgen bench`: measure LongGen's parts against what else does the same work."""
+
+from __future__ import annotations
+
+import typer
+
+from longgen.cli.bench.attention import attention
+
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure speed on this machine, beside what else does the same."
+)
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure speed on this machine, beside what else does the same work."""
+
+
+bench.command()(attention)

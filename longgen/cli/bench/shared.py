@@ -1,0 +1,125 @@
+"""What the benchmarks' commands share: options, lists, and where results go."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longgen.cli.console import three_figures
+from longgen.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from longgen.bench.save import ResultsFile
+    from longgen.bench.timing import Ceiling
+
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="Number format: bf16, fp16 or fp32. [default: bf16 on a GPU, fp32 on a CPU]",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of inputs and samples.")]
+
+
+def split_list(text: str | None) -> tuple[str, ...] | None:
+    """Return the parts between commas, each once; None stays None."""
+    if text is None:
+        return None
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def refuse_unknown(option: str, names: Sequence[str] | None, known: Sequence[str]) -> None:
+    """Refuse a list that is empty or has a name that is not known; None is no list."""
+    unknown = [name for name in names or () if name not in known]
+    if unknown or names == ():
+        what = ", ".join(map(repr, unknown)) or "no name"
+        raise UsageError(f"{option} has {what}; choose from {', '.join(known)}.")
+
+
+def choose_dtype(name: str | None, device: torch.device) -> str:
+    """Return the number format to measure in.
+
+    Raises:
+        UsageError: if it is not known.
+    """
+    from longgen.bench.settings import DTYPES
+
+    name = name or ("bf16" if device.type == "cuda" else "fp32")
+    if name not in DTYPES:
+        raise UsageError(f"The dtype {name!r} is not known; give {', '.join(DTYPES)}.")
+    return name
+
+
+def ask_for_gpu(device: torch.device, *, quick: bool, instead: str) -> None:
+    """Refuse to measure a CPU unless it is only to try the command; `instead` is what that does."""
+    if device.type != "cuda" and not quick:
+        raise UsageError(
+            "There is no GPU to measure, and a CPU says nothing about one. Add --quick to try "
+            f"{instead}."
+        )
+
+
+def open_results(
+    out: str | None, name: str, *, seed: int, device: torch.device, packages: Sequence[str] = ()
+) -> ResultsFile | None:
+    """Return the results file in the folder that --out names; None without one.
+
+    Raises:
+        UsageError: if something else is there.
+    """
+    if out is None:
+        return None
+    from longgen.bench.save import ResultsFile
+
+    file = ResultsFile(
+        Path(out),
+        name,
+        command=shlex.join(["longgen", *sys.argv[1:]]),
+        seed=seed,
+        device=device,
+        packages=packages,
+    )
+    file.check()
+    return file
+
+
+def run_to_end(
+    run: Callable[[], object], file: ResultsFile | None, say: Callable[[str], None]
+) -> None:
+    """Run a benchmark; where it is interrupted, say what becomes of its rows."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        say("stopped; the rows so far are kept" if file else "stopped")
+        raise
+
+
+def draw(plot: Callable[[], object], say: Callable[[str], None]) -> None:
+    """Draw a picture; where that can't be, say why: the figures are there without it."""
+    try:
+        plot()
+    except UsageError as error:
+        say(str(error))
+
+
+def say_ceiling(ceiling: Ceiling) -> str:
+    """Write what the card itself reaches."""
+    rate = ceiling.row()
+    return (
+        f"{rate['matmul_size']}^3 matmul: {figures(rate['matmul_tflops'])} TFLOP/s; copy: "
+        f"{figures(rate['copy_terabytes_per_second'])} TB/s"
+    )
+
+
+def figures(number: Any) -> str:
+    """Write a number with two figures below one, with three from there."""
+    return f"{number:.2g}" if number < 0.995 else three_figures(number)
