@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from longgen.bench.providers import registry
 from longgen.bench.work import DIRECTIONS, PATTERNS
 from longgen.errors import UsageError
-from longgen.evaluate.figures import GREY, canvas, save, tidy
-from longgen.evaluate.results import Row, Rows, say_tokens
+from longgen.evaluate.figures import GREY, canvas, length_axis, save, tidy
+from longgen.evaluate.results import Row, Rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,8 +78,8 @@ def plot_attention(rows: Rows, path: str | Path, *, title: str) -> Path:
             pattern = chosen[0]["pattern"] if chosen else ""
             axes.set_title(f"{name}, {direction}\n{fill(pattern, 46)}", fontsize=9.5)
         line[0].set_ylabel("TFLOP/s over visible pairs")
-    for axes in grid[-1]:
-        axes.set_xlabel("Length (tokens)")
+    for axes in grid[:-1].flat:
+        axes.set_xlabel("")
     handles = {
         text: handle
         for axes in grid.flat
@@ -129,9 +129,6 @@ def _panel(
     if rows:
         ceiling = rows[0]["ceiling"]
         axes.axhline(ceiling, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="matmul")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [say_tokens(length) for length in lengths])
-    axes.minorticks_off()
-    axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
+    length_axis(axes, lengths)
     axes.set_ylim(bottom=0)
     tidy(axes)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longgen.errors import UsageError
-from longgen.evaluate.results import write_atomically
+from longgen.evaluate.results import say_tokens, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +43,21 @@ def tidy(axes: "Axes") -> None:
     axes.grid(color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def length_axis(axes: "Axes", lengths: Sequence[int], right: float = 1.2) -> None:
+    """Give axes lengths in tokens along the bottom, each in its place whether measured or not.
+
+    Args:
+        axes: of the picture.
+        lengths: in ascending order.
+        right: room behind the last, as a factor on it.
+    """
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [say_tokens(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlim(lengths[0] / 1.2, lengths[-1] * right)
+    axes.set_xlabel("Length (tokens)")
 
 
 def finish(axes: "Axes", found: Mapping[str, object]) -> None:

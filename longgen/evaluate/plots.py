@@ -12,7 +12,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from longgen.errors import UsageError
-from longgen.evaluate.figures import GREY, canvas, write_ends
+from longgen.evaluate.figures import GREY, canvas, length_axis, write_ends
 from longgen.evaluate.figures import finish as _finish
 from longgen.evaluate.figures import save as _save
 from longgen.evaluate.results import (
@@ -250,14 +250,9 @@ def _plot_by_length(
         axes.vlines(x, low, high, color=style["color"], linewidth=1)
         ends.append((x[-1], y[-1], say(group[-1]["value"]), style["color"]))
         top, highest = max(top, *y), max(highest, *high)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [say_tokens(length) for length in lengths])
-    axes.minorticks_off()
-    # Unmeasured lengths keep their place, what is written at the top has room, and one slow step
-    # does not press all lines flat.
-    axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
+    length_axis(axes, lengths)
+    # What is written at the top has room, and one slow step does not press all lines flat.
     axes.set_ylim(0, 1.1 * min(highest, 1.5 * top))
-    axes.set_xlabel("Length (tokens)")
     axes.set_ylabel(ylabel)
     axes.set_title(title, fontsize=11)
     _finish(axes, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from longgen.cli.bench.attention import attention
+from longgen.cli.bench.inference import inference
 
 bench = typer.Typer(
     no_args_is_help=True, help="Measure speed on this machine, beside what else does the same."
@@ -17,3 +18,4 @@ def _bench() -> None:
 
 
 bench.command()(attention)
+bench.command()(inference)

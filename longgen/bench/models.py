@@ -1,0 +1,96 @@
+"""One set of weights for all variants of a model: hybrid, all layers full, and transformers' own.
+
+The variants are modules over the same parameters, so that a model, however large, is there once.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longgen.convert import hybrid_config
+from longgen.hf import is_hybrid
+from longgen.plan import LayerPlan
+from longgen.shapes import HYBRID_PREFIX, ModelShape
+
+# What a hybrid's config has beside its base's.
+_OWN_FIELDS = ("model_type", "architectures", "auto_map", "layer_types", "longgen")
+
+
+def shape_config(shape: ModelShape, context: int) -> Any:
+    """Return transformers' config of a named shape, for sequences of up to `context` tokens."""
+    fields: dict[str, Any] = {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": max(context, shape.max_position_embeddings),
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "tie_word_embeddings": shape.tie_word_embeddings,
+        # Its tokens' meanings are not known.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if shape.family == "mistral":
+        fields["sliding_window"] = shape.sliding_window
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(shape, name):
+            fields[name] = True
+    return AutoConfig.for_model(shape.family, **fields)
+
+
+def random_model(config: Any, *, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+    """Make a model with random weights on its device: none of them ever is on the CPU for a GPU.
+
+    They are drawn as transformers does for a model that is to be trained, under which activations
+    stay finite in every dtype; how long a model takes doesn't depend on them.
+    """
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def stock_config(config: Any) -> Any:
+    """Return the config of transformers' own model, given that or its hybrid's."""
+    if not is_hybrid(config):
+        return copy.deepcopy(config)
+    fields = {k: v for k, v in config.to_dict().items() if k not in _OWN_FIELDS}
+    return AutoConfig.for_model(config.model_type.removeprefix(HYBRID_PREFIX), **fields)
+
+
+def planned_config(config: Any, plan: LayerPlan) -> Any:
+    """Return the config of the hybrid with a plan, given that of any variant of the model."""
+    return hybrid_config(stock_config(config), plan)
+
+
+def variant_of(model: Any, config: Any, attn_implementation: str | None = None) -> Any:
+    """Return a model of another config over the same parameters.
+
+    Args:
+        model: whose parameters they are, on their device.
+        config: of a variant: the names and shapes of its parameters are the same.
+        attn_implementation: None is the variant's own.
+    """
+    chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with torch.device("meta"):
+        other: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype, **chosen)
+    # The parameters themselves, so that tied ones stay one.
+    other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    with torch.device(model.device):
+        # Frequencies are no parameters, and aren't in the state.
+        other.model.rotary_emb = type(other.model.rotary_emb)(config=other.config)
+    absent = [name for name, x in (*other.named_parameters(), *other.named_buffers()) if x.is_meta]
+    assert not absent, f"{type(other).__name__} has no weights for {absent}"
+    return other.eval()
+
+
+def parameter_bytes(model: Any) -> int:
+    """Return the bytes of a model's parameters, tied ones once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
