@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from longgen.bench.inference_settings import VARIANTS
 from longgen.bench.summary import best, number, rows_of
 from longgen.errors import UsageError
-from longgen.evaluate.figures import canvas, length_axis, save, tidy, write_ends
+from longgen.evaluate.figures import GREY, canvas, length_axis, save, tidy, write_ends
 from longgen.evaluate.plots import STYLES as MODELS
 from longgen.evaluate.results import Row, Rows, byte_unit, say_bytes
 
@@ -27,6 +27,9 @@ LABELS = {
     "full": "the same engine, all layers full",
     "transformers": "transformers (sdpa, DynamicCache)",
 }
+
+_CEILING = "at the device's own matmul and copy rates"
+_BROKEN = (0, (4, 3))
 
 
 def plot_inference(rows: Rows, path: str | Path, *, title: str) -> Path:
@@ -97,6 +100,8 @@ def _panel(
     say: Callable[[float], str],
 ) -> None:
     """Draw one metric, a line a variant."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     groups = rows_of(rows, metric)
     ends = []
     for name in VARIANTS:
@@ -122,11 +127,15 @@ def _panel(
         spreads = [[end / size for end in row["spread"]] for row in line]
         axes.vlines(x, *zip(*spreads, strict=True), color=colour, linewidth=1)
         if metric != "kv_bytes":
-            ceilings = [row["ceiling"] / size for row in line]
-            axes.plot(x, ceilings, color=colour, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+            least = [row["ceiling"] / size for row in line]
+            axes.plot(x, least, color=colour, linewidth=0.9, linestyle=_BROKEN, zorder=1)
         ends.append((x[-1], y[-1], say(line[-1]["value"]), colour))
+    if metric != "kv_bytes":
+        axes.plot([], color=GREY, linewidth=0.9, linestyle=_BROKEN, label=_CEILING)
     axes.set_yscale("log")
     length_axis(axes, sorted({row["length"] for row in rows}), right=1.9)
     axes.set_ylabel(ylabel)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     tidy(axes)
     write_ends(axes, ends)
