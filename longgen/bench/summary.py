@@ -62,7 +62,8 @@ def ratios(rows: Rows) -> list[dict[str, Any]]:
 def _throughputs(rows: Rows) -> list[dict[str, Any]]:
     most: dict[tuple[int, str], float] = {}
     for (length, _, name), group in rows_of(rows, "decode").items():
-        speed = max((row.get("tokens_per_second", 0.0) for row in group), default=0.0)
+        speeds = (row["tokens_per_second"] for row in group if row["value"] is not None)
+        speed = max(speeds, default=0.0)
         most[length, name] = max(speed, most.get((length, name), 0.0))
     return [
         {
@@ -188,7 +189,7 @@ def throughput_lines(rows: Rows) -> list[str]:
 
 def number(value: float) -> str:
     """Write a figure with three digits, or all of them before the point."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def _figure(row: Row | None) -> str:
