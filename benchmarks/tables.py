@@ -14,10 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longgen.bench import summary
 from longgen.bench.plots import cases_of, providers_of
 from longgen.bench.providers import registry
 from longgen.bench.work import DIRECTIONS
 from longgen.evaluate.results import say_bytes, say_tokens
+from longgen.pattern import SparsePattern
+from longgen.plan import LayerPlan
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -185,11 +188,42 @@ def _share_of_full(found: Mapping[tuple[str, str], Any]) -> list[str]:
     return [f"- LongGen's sink_2k, forward + backward: {sparse / full:.1%} of the full one's time."]
 
 
+def inference(name: str) -> list[str]:
+    """Return the tables of one inference benchmark."""
+    if not files(name):
+        return ["Not measured yet."]
+    results = newest(name)
+    rows, rate = results["rows"], results["ceiling"]
+    lines: list[str] = []
+    for make in (summary.prefill_table, summary.decode_table, summary.memory_table):
+        head, body = make(rows)
+        lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for cells in body:
+            words = (f"**{cell}**" if cell == "hybrid" else cell for cell in cells)
+            lines.append(f"| {' | '.join(words)} |")
+        lines.append("")
+    notes = [*summary.throughput_lines(rows), *summary.failures(rows)]
+    plan = LayerPlan(results["layers"], SparsePattern.from_dict(results["pattern"]))
+    return [
+        *lines,
+        *(f"- {note}" for note in notes),
+        f"- {results['shape']}: {len(plan.full_layers)} of {plan.num_layers} layers full, "
+        f"{plan.pattern}; weights {say_bytes(results['weight_bytes'])}; "
+        f"{rate['matmul_size']}^3 matmul {rate['matmul_tflops']:.0f} TFLOP/s, copy "
+        f"{rate['copy_terabytes_per_second']:.2f} TB/s."
+        + (" The run was interrupted." if results.get("partial") else ""),
+        "",
+        provenance(results),
+    ]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "needle": lambda: needle("twins"),
     "kv": lambda: costs("demo"),
     "attention": lambda: attention("attention"),
     "attention_gqa": lambda: attention("attention-gqa"),
+    "inference": lambda: inference("inference"),
+    "inference_gqa": lambda: inference("inference-gqa"),
     "attention_small": lambda: attention("attention-small"),
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import tables
+from longgen.pattern import SparsePattern
 
 
 def test_the_docs_show_the_newest_results() -> None:
@@ -69,3 +70,42 @@ def test_attention_tables_put_longgen_first_and_say_what_failed(
     assert "Out of memory at 131,072 tokens." in text
     assert "forward + backward: 4.0% of the full one's time" in text
     assert "flash-attn-4 4.0, seed 0" in text and "32/8 heads x 128" in text
+
+
+def test_inference_tables_put_the_hybrid_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    common = {"length": 131072, "batch": 1, "spread": [1.0, 2.0], "share_of_ceiling": 0.8}
+    rows = []
+    for name, seconds in (("full", 10.4), ("hybrid", 5.8)):
+        row = {"case": f"prefill.{name}", "value": seconds, "flops": seconds, **common}
+        rows += [row | {"prefill_chunk": 131072}]
+        row = {"case": f"decode.{name}", "value": seconds, "bytes": 1, **common}
+        rows += [row | {"tokens_per_second": 100.0}]
+        row = {"case": f"kv_bytes.{name}", "value": seconds * 2**30, **common}
+        rows += [row | {"formula_bytes": 1, "work_bytes": 2**30, "max_sequences": 4}]
+    rows += [{**rows[0], "case": "prefill.transformers", "value": None, "error": "No memory."}]
+    results = {
+        "card": "NVIDIA H200",
+        "date": "2026-12-01T00:00:00+00:00",
+        "commit": "0" * 40,
+        "command": "longgen bench inference --shape llama-2-7b",
+        "seed": 0,
+        "versions": {"torch": "2", "transformers": "5"},
+        "ceiling": {"matmul_tflops": 760.0, "matmul_size": 8192, "copy_terabytes_per_second": 4.3},
+        "shape": "llama-2-7b",
+        "layers": "SFS",
+        "pattern": SparsePattern.attention_sink().to_dict(),
+        "weight_bytes": 13 * 2**30,
+        "rows": rows,
+    }
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.TABLES["inference"]() == ["Not measured yet."]
+    (tmp_path / "2026-12-01_nvidia-h200_inference.json").write_text(json.dumps(results))
+    lines = tables.TABLES["inference"]()
+    assert "| 128K | **hybrid** |  | 5.80 | 80% |  |" in lines
+    assert "|  | full |  | 10.4 | 80% | 1.79x (1.79x) |" in lines
+    assert "|  | full | 10.4 GiB | 1 bytes | 44.2% | 1.00 GiB | 4 |" in lines
+    text = "\n".join(lines)
+    assert "- prefill.transformers, 128K: No memory." in text
+    assert "llama-2-7b: 1 of 3 layers full, 1 sink + 32 local" in text

@@ -163,9 +163,12 @@ class InferenceBench:
         elif name == "hybrid" and settings.plan.pattern.covers(length):
             why = f"At {length:,} tokens the pattern hides nothing: it is full there."
         if why:
-            self.skipped.append({"variant": name, "length": length, "reason": why})
-            self.say(f"{name} {say_tokens(length)}: {why}")
+            self._skip(name, length, why)
         return why is None
+
+    def _skip(self, name: str, length: int, why: str) -> None:
+        self.skipped.append({"variant": name, "length": length, "reason": why})
+        self.say(f"{name} {say_tokens(length)}: {why}")
 
     def _attempt(self, what: str, length: int, action: Callable[[], object]) -> str | None:
         """Do something; return why it failed, None if it didn't, after clearing up."""
@@ -224,6 +227,10 @@ class InferenceBench:
                     peaks.append(peak - resident - held.allocated)
                 found.append((held, peaks[0] if peaks else None))
 
+            if seconds and (least := min(seconds.values())) > settings.seconds_each:
+                # Not to take as long again for what can only be a little faster.
+                self._skip(name, length, f"At once not tried: in pieces it took {least:.0f} s.")
+                continue
             error = self._attempt(f"prefill.{name}", length, measure)
             flops = forward_flops(settings.shape, self._plan(name), length, prefill_logits=True)
             extra: ResultRow = {"batch": 1, "prefill_chunk": chunk, "flops": flops}
@@ -233,8 +240,8 @@ class InferenceBench:
                 if chunk != chunks[0] and chunks[0] in seconds:
                     extra["chunked_over_one_piece"] = seconds[chunks[0]] / seconds[chunk]
             assert self.ceiling is not None
-            least = flops / self.ceiling.matmul.median
-            self._add("prefill", "s", name, length, extra, times, least, error)
+            ceiling = flops / self.ceiling.matmul.median
+            self._add("prefill", "s", name, length, extra, times, ceiling, error)
         return found[0] if found else (None, None)
 
     def _prefill_session(self, name: str, length: int) -> Prefill:

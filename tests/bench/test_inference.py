@@ -234,7 +234,10 @@ def test_numbers_that_are_none_get_no_time(settings: InferenceSettings) -> None:
 
 def test_a_slow_prefill_is_timed_once(settings: InferenceSettings) -> None:
     bench = run(settings, variants=("full",), seconds_each=0.0)
-    assert one(bench, "prefill.full", prefill_chunk=256)["n"] == 1
+    assert one(bench, "prefill.full")["n"] == 1
+    assert one(bench, "prefill.full")["prefill_chunk"] == 96
+    (skip,) = bench.skipped
+    assert skip["length"] == 256 and "At once not tried: in pieces it took" in skip["reason"]
 
 
 def test_nothing_new_begins_when_time_is_over(settings: InferenceSettings) -> None:

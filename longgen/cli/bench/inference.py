@@ -90,7 +90,8 @@ def inference(
             "--variants",
             metavar="LIST",
             help="hybrid; full, the same engine with every layer full; transformers, its own model "
-            "class with sdpa and its default cache. All have the same weights. [default: all]",
+            "class with sdpa and its default cache. All have the same weights; they are measured in "
+            "this order. [default: all]",
         ),
     ] = None,
     decode_tokens: Annotated[
@@ -300,7 +301,7 @@ def _settings(
         plan=plan,
         lengths=lengths,
         device=device,
-        variants=tuple(v for v in VARIANTS if variants is None or v in variants),
+        variants=variants or VARIANTS,
         batches=batches or ((1, 2) if quick else (1, 4, MOST)),
         decode_tokens=decode_tokens,
         prefill_chunk=min(prefill_chunk, max(_SHORTEST, min(lengths) // 4))
@@ -365,4 +366,4 @@ def _print_tables(run: InferenceBench) -> None:
         console.print(note)
     for skip in run.skipped:
         where = f"{skip['variant']}, {skip['length']:,} tokens"
-        console.print(f"{where} was left out: {skip['reason']}")
+        console.print(f"{where} left out: {skip['reason']}")
