@@ -7,11 +7,8 @@ tokens, and gives back all memory but the weights, which all of them share.
 
 from __future__ import annotations
 
-import os
-import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ import torch
 from longgen.accounting import decode_bytes, forward_flops, full_plan, kv_bytes
 from longgen.bench.failures import check_device, clear, reason
 from longgen.bench.inference_settings import MOST, MOST_SEQUENCES, VARIANTS, InferenceSettings
+from longgen.bench.memory import allocated_bytes, free_bytes, peak_bytes, restart_peak
 from longgen.bench.models import parameter_bytes, planned_config, stock_config, variant_of
 from longgen.bench.sessions import (
     Decode,
@@ -99,11 +97,12 @@ class InferenceBench:
         clear(settings.device)
         model = self._load()
         self.weight_bytes = parameter_bytes(model)
-        configs = {name: planned_config(model.config, self._plan(name)) for name in VARIANTS[:2]}
-        configs["transformers"] = stock_config(model.config)
         for name in settings.variants:
-            stock = name == "transformers"
-            self._models[name] = variant_of(model, configs[name], "sdpa" if stock else None)
+            if VARIANTS[name].is_stock:
+                self._models[name] = variant_of(model, stock_config(model.config), "sdpa")
+            else:
+                config = planned_config(model.config, self._plan(name))
+                self._models[name] = variant_of(model, config)
         del model
         clear(settings.device)
         self.say(
@@ -128,14 +127,15 @@ class InferenceBench:
         }
 
     def _plan(self, name: str) -> LayerPlan:
-        return self.settings.plan if name == "hybrid" else full_plan(self.settings.shape)
+        settings = self.settings
+        return settings.plan if VARIANTS[name].is_sparse else full_plan(settings.shape)
 
     def _free(self) -> int:
         return free_bytes(self.settings.device)
 
     def _kv_bytes(self, name: str, length: int, batch: int = 1) -> int:
         """Return the bytes of keys and values by the formula."""
-        size = self.settings.torch_dtype.itemsize
+        size = 1 if VARIANTS[name].kv_dtype == "fp8" else self.settings.torch_dtype.itemsize
         return kv_bytes(self.settings.shape, self._plan(name), length, batch, size)
 
     def _check_memory(self) -> None:
@@ -160,7 +160,7 @@ class InferenceBench:
         settings, why = self.settings, None
         if settings.seconds is not None and time.monotonic() - self._begin > settings.seconds:
             why = f"{settings.seconds:.0f} seconds were over before its turn."
-        elif name == "hybrid" and settings.plan.pattern.covers(length):
+        elif VARIANTS[name].is_sparse and settings.plan.pattern.covers(length):
             why = f"At {length:,} tokens the pattern hides nothing: it is full there."
         if why:
             self._skip(name, length, why)
@@ -207,7 +207,7 @@ class InferenceBench:
         """Read a prompt in pieces and at once; return what it holds and the peak memory of the
         first way that worked, in bytes beyond weights, keys and values."""
         settings = self.settings
-        stock = name == "transformers"
+        stock = VARIANTS[name].is_stock
         chunks = [length] if stock else sorted({min(settings.prefill_chunk, length), length})
         found: list[tuple[Held, int | None]] = []
         seconds: dict[int, float] = {}
@@ -218,12 +218,12 @@ class InferenceBench:
             def measure(
                 chunk: int = chunk, times: list[float] = times, peaks: list[int] = peaks
             ) -> None:
-                resident = self._allocated()
+                resident = allocated_bytes(settings.device)
                 session = self._prefill_session(name, length)
                 times += self._read(session, chunk)
                 held = session.held()
-                if resident is not None:
-                    peak = torch.cuda.max_memory_allocated(settings.device)
+                peak = peak_bytes(settings.device)
+                if peak is not None and resident is not None:
                     peaks.append(peak - resident - held.allocated)
                 found.append((held, peaks[0] if peaks else None))
 
@@ -247,9 +247,9 @@ class InferenceBench:
     def _prefill_session(self, name: str, length: int) -> Prefill:
         model = self._models[name]
         prompt = random_tokens(model, length, self.settings.seed)
-        if name == "transformers":
+        if VARIANTS[name].is_stock:
             return StockPrefill(model, prompt)
-        return EnginePrefill(model, prompt, self.settings.room)
+        return EnginePrefill(model, prompt, self.settings.room, VARIANTS[name].kv_dtype)
 
     def _read(self, session: Prefill, chunk: int) -> list[float]:
         """Return the seconds of each timed prefill; memory's peak is that of these."""
@@ -257,7 +257,7 @@ class InferenceBench:
 
         def once() -> float:
             session.prepare(chunk)
-            self._reset_peak()
+            restart_peak(settings.device)
             return timed(settings.device, session.read)[1]
 
         first = once()
@@ -304,7 +304,9 @@ class InferenceBench:
     def _decode(self, name: str, length: int, batch: int, fits: int | None) -> None:
         settings = self.settings
         size = settings.torch_dtype.itemsize
-        read = decode_bytes(settings.shape, self._plan(name), length, batch, size)
+        # Of a batch of none, the weights alone: keys and values may have another size.
+        weights = decode_bytes(settings.shape, self._plan(name), length, 0, size)
+        read = weights + self._kv_bytes(name, length, batch)
         extra: ResultRow = {"batch": batch, "bytes": read}
         if fits is not None and batch > max(fits, 1):
             why = f"{fits} such sequences fit (see kv_bytes.{name})."
@@ -326,17 +328,10 @@ class InferenceBench:
 
     def _decode_session(self, name: str, length: int, batch: int) -> Decode:
         model, seed = self._models[name], self.settings.seed
-        if name == "transformers":
+        if VARIANTS[name].is_stock:
             return StockDecode(model, length, batch, seed)
-        return EngineDecode(model, length, batch, self.settings.room, seed)
-
-    def _allocated(self) -> int | None:
-        device = self.settings.device
-        return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
-
-    def _reset_peak(self) -> None:
-        if self.settings.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.settings.device)
+        kv_dtype = VARIANTS[name].kv_dtype
+        return EngineDecode(model, length, batch, self.settings.room, seed, kv_dtype)
 
     def _add(
         self,
@@ -360,6 +355,7 @@ class InferenceBench:
             "layers": plan.layers,
             "pattern": str(plan.pattern) if "S" in plan.layers else None,
             "dtype": settings.dtype,
+            "kv_dtype": VARIANTS[name].kv_dtype or settings.dtype,
             **extra,
         }
         if error:
@@ -376,15 +372,3 @@ class InferenceBench:
         self.say(f"{row['case']} {say_tokens(length)}{chunk}{batch}: {said}")
         self.rows.append(row)
         self.on_row(row)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes of memory that are free: the card's, or the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text("ascii"), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])

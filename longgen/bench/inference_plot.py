@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 
 STYLES = {
     "hybrid": MODELS["hybrid"],
+    "hybrid_fp8": ("#CC79A7", "v", "-."),
     "full": MODELS["full"],
+    "full_fp8": ("#56B4E9", "P", "-."),
     "transformers": ("#000000", "s", ":"),
 }
 LABELS = {
     "hybrid": "hybrid",
+    "hybrid_fp8": "hybrid, fp8 cache",
     "full": "the same engine, all layers full",
+    "full_fp8": "all layers full, fp8 cache",
     "transformers": "transformers (sdpa, DynamicCache)",
 }
 

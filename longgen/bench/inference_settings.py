@@ -14,7 +14,31 @@ from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import SHAPES, ModelShape
 
-VARIANTS = ("hybrid", "full", "transformers")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """Say how a variant runs the model.
+
+    Attributes:
+        is_sparse: whether it follows the hybrid's plan; otherwise every layer is full.
+        is_stock: whether it is transformers' own model; otherwise the engine runs it.
+        kv_dtype: of the engine's keys and values; None is the model's.
+    """
+
+    is_sparse: bool = False
+    is_stock: bool = False
+    kv_dtype: str | None = None
+
+
+# By the names that `case` gets, in the order of tables.
+VARIANTS = {
+    "hybrid": Variant(is_sparse=True),
+    "hybrid_fp8": Variant(is_sparse=True, kv_dtype="fp8"),
+    "full": Variant(),
+    "full_fp8": Variant(kv_dtype="fp8"),
+    "transformers": Variant(is_stock=True),
+}
+DEFAULT_VARIANTS = ("hybrid", "full", "transformers")
 # As many sequences as fit.
 MOST = "max"
 MOST_SEQUENCES = 256
@@ -67,7 +91,7 @@ class InferenceSettings:
     plan: LayerPlan
     lengths: tuple[int, ...]
     device: torch.device
-    variants: tuple[str, ...] = VARIANTS
+    variants: tuple[str, ...] = DEFAULT_VARIANTS
     batches: tuple[int | str, ...] = (1, 4, MOST)
     decode_tokens: int = 32
     prefill_chunk: int = 8192

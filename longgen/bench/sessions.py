@@ -65,12 +65,19 @@ class EnginePrefill:
         model: the hybrid.
         prompt: token ids.
         room: tokens that the sequence may grow by.
+        kv_dtype: of keys and values, as `Engine` takes it.
     """
 
-    def __init__(self, model: Any, prompt: Sequence[int], room: int) -> None:
+    def __init__(
+        self, model: Any, prompt: Sequence[int], room: int, kv_dtype: str | None = None
+    ) -> None:
         self.prompt = list(prompt)
         self.engine = Engine(
-            model, max_length=len(self.prompt) + room, max_sequences=1, page_size=PAGE_SIZE
+            model,
+            max_length=len(self.prompt) + room,
+            max_sequences=1,
+            page_size=PAGE_SIZE,
+            kv_dtype=kv_dtype,
         )
         self.chunk = len(self.prompt)
 
@@ -116,9 +123,18 @@ class EngineDecode:
         batch: sequences.
         room: tokens that they may grow by.
         seed: of contents and tokens.
+        kv_dtype: of keys and values, as `Engine` takes it.
     """
 
-    def __init__(self, model: Any, length: int, batch: int, room: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        length: int,
+        batch: int,
+        room: int,
+        seed: int,
+        kv_dtype: str | None = None,
+    ) -> None:
         self.batch = batch
         self.engine = engine = Engine(
             model,
@@ -126,6 +142,7 @@ class EngineDecode:
             max_sequences=batch,
             page_size=PAGE_SIZE,
             max_batched_tokens=max(batch, PAGE_SIZE),
+            kv_dtype=kv_dtype,
         )
         generator = torch.Generator(model.device).manual_seed(seed)
         fill([*engine.cache.keys, *engine.cache.values], generator)

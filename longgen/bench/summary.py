@@ -24,7 +24,8 @@ def rows_of(rows: Rows, metric: str) -> dict[tuple[int, int, str], list[Row]]:
         name = order.get(row["case"])
         if name:
             found.setdefault((row["length"], row["batch"], name), []).append(row)
-    return dict(sorted(found.items(), key=lambda item: (*item[0][:2], VARIANTS.index(item[0][2]))))
+    place = list(VARIANTS).index
+    return dict(sorted(found.items(), key=lambda item: (*item[0][:2], place(item[0][2]))))
 
 
 def best(rows: Iterable[Row]) -> Row | None:

@@ -128,6 +128,19 @@ def test_bytes_held_are_those_of_the_formula(settings: InferenceSettings) -> Non
     assert row["allocated_bytes"] == row["bytes_each"] + row["spare_bytes"]
 
 
+def test_eight_bits_hold_a_quarter_of_four_bytes(settings: InferenceSettings) -> None:
+    names = ("hybrid", "hybrid_fp8", "full_fp8")
+    bench = run(settings, batches=(1,), variants=names)
+    plain, small, full = (one(bench, f"kv_bytes.{name}") for name in names)
+    assert 4 * small["value"] == plain["value"]
+    assert 4 * small["formula_bytes"] == plain["formula_bytes"]
+    assert (plain["kv_dtype"], small["kv_dtype"], small["dtype"]) == ("fp32", "fp8", "fp32")
+    assert full["value"] == full["formula_bytes"] == 3 * 256 * TOKEN // 4
+    plain, small = (one(bench, f"decode.{name}") for name in names[:2])
+    saved = kv_bytes(SHAPE, PLAN, 256, bytes_per_element=3)
+    assert plain["bytes"] - small["bytes"] == saved
+
+
 def test_what_fits_follows_from_free_memory(
     settings: InferenceSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,8 +90,9 @@ def inference(
             "--variants",
             metavar="LIST",
             help="hybrid; full, the same engine with every layer full; transformers, its own model "
-            "class with sdpa and its default cache. All have the same weights; they are measured in "
-            "this order. [default: all]",
+            "class with sdpa and its default cache; hybrid_fp8 and full_fp8, with keys and values "
+            "in 8 bits. All have the same weights; they are measured in the order given. "
+            "[default: hybrid,full,transformers]",
         ),
     ] = None,
     decode_tokens: Annotated[
@@ -253,6 +254,7 @@ def _settings(
     quick: bool,
 ) -> InferenceSettings:
     from longgen.bench.inference_settings import (
+        DEFAULT_VARIANTS,
         MOST,
         TINY_PATTERN,
         VARIANTS,
@@ -264,7 +266,7 @@ def _settings(
     )
 
     dtype = choose_dtype(dtype, device)
-    refuse_unknown("--variants", variants, VARIANTS)
+    refuse_unknown("--variants", variants, tuple(VARIANTS))
     decode_tokens = decode_tokens or (_QUICK_DECODE_TOKENS if quick else 32)
     if checkpoint is not None:
         name, found = checkpoint
@@ -301,7 +303,7 @@ def _settings(
         plan=plan,
         lengths=lengths,
         device=device,
-        variants=variants or VARIANTS,
+        variants=variants or DEFAULT_VARIANTS,
         batches=batches or ((1, 2) if quick else (1, 4, MOST)),
         decode_tokens=decode_tokens,
         prefill_chunk=min(prefill_chunk, max(_SHORTEST, min(lengths) // 4))
