@@ -105,7 +105,7 @@ def test_inference_tables_put_the_hybrid_first(
     lines = tables.TABLES["inference"]()
     assert "| 128K | **hybrid** |  | 5.80 | 80% |  |" in lines
     assert "|  | full |  | 10.4 | 80% | 1.79x (1.79x) |" in lines
-    assert "|  | full | 10.4 GiB | 1 bytes | 44.2% | 1.00 GiB | 4 |" in lines
+    assert "| 128K | **hybrid** | 5.80 GiB | 1 bytes | 44.2% | 1.00 GiB | 4 |" in lines
     text = "\n".join(lines)
     assert "- prefill.transformers, 128K: No memory." in text
     assert "llama-2-7b: 1 of 3 layers full, 1 sink + 32 local" in text

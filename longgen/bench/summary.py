@@ -12,6 +12,7 @@ from longgen.evaluate.results import Row, Rows, say_bytes, say_tokens
 Table = tuple[list[str], list[list[str]]]
 
 _BASE = "hybrid"
+_WHOLE = "full"
 # What each metric's ceiling is counted in; equal efficiency would make ratios of it those of times.
 _COUNTS = {"prefill": "flops", "decode": "bytes", "kv_bytes": "formula_bytes"}
 
@@ -117,22 +118,24 @@ def decode_table(rows: Rows) -> Table:
 
 def memory_table(rows: Rows) -> Table:
     """Return bytes of keys and values, of a prompt's reading, and how many sequences fit."""
-    head = ["tokens", "variant", "KV held", "formula", "hybrid saves", "prefill peak", "fit"]
+    head = ["tokens", "variant", "KV held", "formula", "less than full", "prefill peak", "fit"]
+    groups = rows_of(rows, "kv_bytes")
 
     def line(key: tuple[int, int, str], group: list[Row]) -> list[str]:
-        row = best(group)
+        row, whole = best(group), best(groups.get((*key[:2], _WHOLE), []))
         if row is None:
             return ["-", "", "", "", ""]
-        work, ratio = row.get("work_bytes"), _ratio(rows, "kv_bytes", key)
+        work = row.get("work_bytes")
+        less = 1 - row["value"] / whole["value"] if whole else 0
         return [
             say_bytes(row["value"]),
             say_bytes(row["formula_bytes"]),
-            f"{1 - 1 / ratio['value']:.1%}" if ratio else "",
+            f"{less:.1%}" if less else "",
             "" if work is None else say_bytes(work),
             f"{row['max_sequences']:,}",
         ]
 
-    return head, _lines(rows_of(rows, "kv_bytes"), line)
+    return head, _lines(groups, line)
 
 
 def _lines(

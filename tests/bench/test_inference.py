@@ -245,6 +245,24 @@ def test_numbers_that_are_none_get_no_time(settings: InferenceSettings) -> None:
                 assert row["value"] is None and word in row["error"]
 
 
+def test_peak_memory_is_what_comes_beside_weights_keys_and_values(
+    settings: InferenceSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU's figures made up: 5 MB of weights, and a peak of 9 MB."""
+    monkeypatch.setattr(inference, "allocated_bytes", lambda device: 5_000_000)
+    monkeypatch.setattr(inference, "peak_bytes", lambda device: 9_000_000)
+    bench = run(settings, batches=(1,))
+    for name in ("hybrid", "full", "transformers"):
+        held = one(bench, f"kv_bytes.{name}")
+        peak = 9_000_000 - 5_000_000 - held["allocated_bytes"]
+        for row in bench.rows:
+            if row["case"] == f"prefill.{name}":
+                assert row["peak_bytes"] == peak
+        assert held["work_bytes"] == peak
+        room = held["free_bytes"] - held["spare_bytes"] - peak
+        assert held["max_sequences"] == room // held["bytes_each"]
+
+
 def test_a_slow_prefill_is_timed_once(settings: InferenceSettings) -> None:
     bench = run(settings, variants=("full",), seconds_each=0.0)
     assert one(bench, "prefill.full")["n"] == 1

@@ -53,7 +53,7 @@ def inference(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="The folder of a checkpoint: a hybrid, or any model LongGen knows.",
             show_default=False,
         ),
