@@ -18,7 +18,7 @@ from longgen.bench.failures import check_device, clear, reason
 from longgen.bench.inference_settings import MOST, MOST_SEQUENCES, VARIANTS, InferenceSettings
 from longgen.bench.memory import allocated_bytes, free_bytes, peak_bytes, restart_peak
 from longgen.bench.models import parameter_bytes, planned_config, stock_config, variant_of
-from longgen.bench.sessions import (
+from longgen.bench.tasks import (
     Decode,
     EngineDecode,
     EnginePrefill,
@@ -219,9 +219,9 @@ class InferenceBench:
                 chunk: int = chunk, times: list[float] = times, peaks: list[int] = peaks
             ) -> None:
                 resident = allocated_bytes(settings.device)
-                session = self._prefill_session(name, length)
-                times += self._read(session, chunk)
-                held = session.held()
+                task = self._prefill_task(name, length)
+                times += self._read(task, chunk)
+                held = task.held()
                 peak = peak_bytes(settings.device)
                 if peak is not None and resident is not None:
                     peaks.append(peak - resident - held.allocated)
@@ -244,21 +244,21 @@ class InferenceBench:
             self._add("prefill", "s", name, length, extra, times, ceiling, error)
         return found[0] if found else (None, None)
 
-    def _prefill_session(self, name: str, length: int) -> Prefill:
+    def _prefill_task(self, name: str, length: int) -> Prefill:
         model = self._models[name]
         prompt = random_tokens(model, length, self.settings.seed)
         if VARIANTS[name].is_stock:
             return StockPrefill(model, prompt)
         return EnginePrefill(model, prompt, self.settings.room, VARIANTS[name].kv_dtype)
 
-    def _read(self, session: Prefill, chunk: int) -> list[float]:
+    def _read(self, task: Prefill, chunk: int) -> list[float]:
         """Return the seconds of each timed prefill; memory's peak is that of these."""
         settings = self.settings
 
         def once() -> float:
-            session.prepare(chunk)
+            task.prepare(chunk)
             restart_peak(settings.device)
-            return timed(settings.device, session.read)[1]
+            return timed(settings.device, task.read)[1]
 
         first = once()
         if first > settings.seconds_each:
@@ -314,9 +314,9 @@ class InferenceBench:
         times: list[float] = []
 
         def measure() -> None:
-            session = self._decode_session(name, length, batch)
+            task = self._decode_task(name, length, batch)
             count = WARMUP_STEPS + settings.decode_tokens
-            every = [timed(settings.device, session.write)[1] for _ in range(count)]
+            every = [timed(settings.device, task.write)[1] for _ in range(count)]
             times.extend(1000 * seconds for seconds in every[WARMUP_STEPS:])
 
         error = self._attempt(f"decode.{name}", length, measure)
@@ -326,7 +326,7 @@ class InferenceBench:
         least = 1000 * read / self.ceiling.copy.median
         self._add("decode", "ms per token", name, length, extra, times, least, error)
 
-    def _decode_session(self, name: str, length: int, batch: int) -> Decode:
+    def _decode_task(self, name: str, length: int, batch: int) -> Decode:
         model, seed = self._models[name], self.settings.seed
         if VARIANTS[name].is_stock:
             return StockDecode(model, length, batch, seed)

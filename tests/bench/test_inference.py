@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from longgen.accounting import decode_bytes, forward_flops, full_plan, kv_bytes
-from longgen.bench import inference, sessions
+from longgen.bench import inference, tasks
 from longgen.bench.inference import InferenceBench
 from longgen.bench.inference_settings import (
     MOST,
@@ -188,7 +188,7 @@ def test_running_out_of_memory_costs_one_variant_its_row(
     def read(self: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(sessions.StockPrefill, "read", read)
+    monkeypatch.setattr(tasks.StockPrefill, "read", read)
     bench = run(settings)
     row = one(bench, "prefill.transformers")
     assert (row["value"], row["n"], row["error"]) == (None, 0, "Out of memory at 256 tokens.")
@@ -295,14 +295,14 @@ def test_what_is_timed_reads_the_whole_prompt(settings: InferenceSettings, chunk
     """The engine's first token is that of transformers' model after the same prompt."""
     bench = run(settings, batches=(1,), decode_tokens=1)
     stock = bench._models["transformers"]
-    prompt = sessions.random_tokens(stock, 256, 0)
+    prompt = tasks.random_tokens(stock, 256, 0)
     with torch.no_grad():
         expected = int(stock(torch.tensor([prompt])).logits[0, -1].argmax())
-    session = sessions.EnginePrefill(bench._models["full"], prompt, 8)
+    task = tasks.EnginePrefill(bench._models["full"], prompt, 8)
     for _ in range(2):
-        session.prepare(chunk)
-        session.read()
-        (request,) = session.engine.requests.values()
+        task.prepare(chunk)
+        task.read()
+        (request,) = task.engine.requests.values()
         assert request.output == [expected] and request.num_cached == 256
 
 
@@ -311,30 +311,30 @@ def test_what_is_timed_writes_with_all_tokens_in_sight(settings: InferenceSettin
     keys and values."""
     bench = run(settings, lengths=(128,), batches=(1,), decode_tokens=1)
     stock = bench._models["transformers"]
-    session = sessions.EngineDecode(bench._models["full"], 200, 1, 5, seed=3)
-    stores = session.engine.cache
+    task = tasks.EngineDecode(bench._models["full"], 200, 1, 5, seed=3)
+    stores = task.engine.cache
     cache = DynamicCache(config=stock.config)
     for layer, both in enumerate(zip(stores.keys, stores.values, strict=True)):
         k, v = (store.flatten(0, 1)[None, :199].transpose(1, 2).clone() for store in both)
         assert float(k.std()) == pytest.approx(1, abs=0.1)
         cache.update(k, v, layer)
-    last = torch.tensor([[sessions.random_tokens(stock, 200, 3)[-1]]])
+    last = torch.tensor([[tasks.random_tokens(stock, 200, 3)[-1]]])
     with torch.no_grad():
         expected = int(stock(last, past_key_values=cache).logits.argmax())
-    session.write()
-    (request,) = session.engine.requests.values()
+    task.write()
+    (request,) = task.engine.requests.values()
     assert request.block_table == [0, 1] and request.output == [expected]
 
 
 @pytest.mark.parametrize("name", ["hybrid", "full"])
 def test_sequences_grow_by_a_token_a_step(settings: InferenceSettings, name: str) -> None:
     bench = run(settings, lengths=(128,), batches=(1,), decode_tokens=1)
-    session = sessions.EngineDecode(bench._models[name], 200, 2, 5, seed=3)
-    stock = sessions.StockDecode(bench._models["transformers"], 200, 2, seed=3)
+    task = tasks.EngineDecode(bench._models[name], 200, 2, 5, seed=3)
+    stock = tasks.StockDecode(bench._models["transformers"], 200, 2, seed=3)
     for number in range(1, 4):
-        session.write()
+        task.write()
         stock.write()
-        assert len(session.engine.requests) == 2
-        for request in session.engine.requests.values():
+        assert len(task.engine.requests) == 2
+        for request in task.engine.requests.values():
             assert (request.num_cached, len(request.output)) == (199 + number, number)
         assert stock.cache.get_seq_length() == 199 + number and stock.tokens.shape == (2, 1)

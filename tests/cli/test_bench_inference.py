@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from longgen.bench import inference
-from longgen.bench.sessions import StockPrefill
+from longgen.bench.tasks import StockPrefill
 
 SMALL = ("--block-size", 8, "--sink-blocks", 1, "--local-blocks", 2)
 SHORT = ("--decode-tokens", 2, "--batches", "1")
