@@ -331,6 +331,8 @@ def test_sequences_grow_by_a_token_a_step(settings: InferenceSettings, name: str
     bench = run(settings, lengths=(128,), batches=(1,), decode_tokens=1)
     task = tasks.EngineDecode(bench._models[name], 200, 2, 5, seed=3)
     stock = tasks.StockDecode(bench._models["transformers"], 200, 2, seed=3)
+    # Also the first step is one of single tokens, not the end of a prompt.
+    assert [request.num_left for request in task.engine.requests.values()] == [1, 1]
     for number in range(1, 4):
         task.write()
         stock.write()
