@@ -38,8 +38,10 @@ def _missing() -> str | None:
 
 @lru_cache(maxsize=8)
 def _unfit(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"its kernels run on NVIDIA GPUs, the tensors are on {device}"
+    if device.type != "cuda" or torch.version.hip:
+        # AMD's are "cuda" too, and report capability 9 without being Hopper.
+        maker = " of AMD" if device.type == "cuda" else ""
+        return f"its kernels run on NVIDIA GPUs, the tensors are on {device}{maker}"
     major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         return (
