@@ -29,6 +29,7 @@ from longgen import pattern as pattern_module
 from longgen.attention.flash.lists import (
     FULL_COUNT,
     FULL_LAST,
+    FULL_TURN,
     HEAD,
     KEY_TILE,
     MASK_COUNT,
@@ -55,6 +56,7 @@ from flash_attn.cute.block_sparsity import BlockSparseTensors
 from flash_attn.cute.cache_utils import JITCache, get_jit_cache
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+from flash_attn.cute.mask import AttentionMask
 from flash_attn.cute.named_barrier import NamedBarrierFwd
 from flash_attn.cute.tile_scheduler import SingleTileScheduler, StaticPersistentTileScheduler
 from flash_attn.cute.utils import AuxData, scalar_to_ssa
@@ -138,14 +140,32 @@ class PersistentForward(FlashAttentionForwardSm90):
 class _Descending:
     """Stand for a list of consecutive tiles from the last down, computed instead of read.
 
-    A read would stand between the program's iterations: each begins with its tile's number.
+    A read would stand between the program's iterations: each begins with its tile's number. The
+    first `turn` tiles come last.
     """
 
-    def __init__(self, last: Any) -> None:
-        self.last = last
+    def __init__(self, last: Any, count: Any, turn: Any) -> None:
+        self.last, self.count, self.turn = last, count, turn
 
     def __getitem__(self, at: Any) -> Any:
-        return self if isinstance(at, tuple) else self.last - at
+        if isinstance(at, tuple):
+            return self
+        place = at + self.turn
+        return self.last - place + self.count * Int32(place >= self.count)
+
+
+class _OnlyListed:
+    """Stand for a mask that is only asked about tiles listed for it.
+
+    The parent's asks in wholly visible tiles, too, whether their keys exist. They do.
+    """
+
+    def __init__(self, mask: Any) -> None:
+        self.mask = mask
+
+    def apply_mask(self, *args: Any, mask_mod: Any = None, **settings: Any) -> None:
+        if mask_mod is not None:
+            self.mask.apply_mask(*args, mask_mod=mask_mod, **settings)
 
 
 class ListedBackward(FlashAttentionBackwardSm90):
@@ -173,7 +193,10 @@ class ListedBackward(FlashAttentionBackwardSm90):
             cute.make_layout((1, 1, 1, 1 << 30), stride=(*nowhere, 1)),
         )
         own = BlockSparseTensors(
-            count(MASK_COUNT), masked, count(FULL_COUNT), _Descending(row[FULL_LAST])
+            count(MASK_COUNT),
+            masked,
+            count(FULL_COUNT),
+            _Descending(row[FULL_LAST], row[FULL_COUNT], row[FULL_TURN]),
         )
         args = _put(args, place, own)
         place = _the(
@@ -192,6 +215,9 @@ class ListedBackward(FlashAttentionBackwardSm90):
         super().load(*self._work(args))
 
     def mma(self, *args: Any, is_dQ_wg: bool) -> None:
+        place = _the(args, lambda x: isinstance(x, partial) and x.func is AttentionMask)
+        create = args[place]
+        args = _put(args, place, lambda lengths: _OnlyListed(create(lengths)))
         super().mma(*self._work(args), is_dQ_wg=is_dQ_wg)
 
     def dQaccum_store(self, *args: Any) -> None:

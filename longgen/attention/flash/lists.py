@@ -16,8 +16,11 @@ from longgen.layout import Layout
 from longgen.pattern import SparsePattern
 
 # Columns of a work table's rows.
-KEY_TILE, HEAD, ROW, MASK_START, MASK_COUNT, FULL_LAST, FULL_COUNT = range(7)
+KEY_TILE, HEAD, ROW, MASK_START, MASK_COUNT, FULL_LAST, FULL_COUNT, FULL_TURN = range(8)
 WORK_FIELDS = 8
+# Programs side by side begin this many query tiles apart, and again together after so many: far
+# enough not to add to the same dQ at once, near enough to find their queries in the L2 cache.
+_APART, _TOGETHER = 4, 64
 
 
 class ForwardLists(NamedTuple):
@@ -37,7 +40,8 @@ class BackwardWork(NamedTuple):
 
     table (programs, WORK_FIELDS): key tile, query head, batch row, start in `tiles` and number of
     the query tiles that need a mask, last and number of those that do not (they are consecutive,
-    and visited from the last down), and a zero. tiles (entries,): query tiles.
+    and visited from the last down), and how many of these come last instead of first. tiles
+    (entries,): query tiles.
     """
 
     table: torch.Tensor
@@ -147,6 +151,9 @@ def backward_work(
     table = table.view(-1, WORK_FIELDS)
     length = table[:, MASK_COUNT] + table[:, FULL_COUNT]
     light = length <= 2 * length.median()
+    rank = torch.cumsum(~light, 0) % _TOGETHER
+    turn = (rank * _APART) % table[:, FULL_COUNT].clamp(min=1)
+    table[:, FULL_TURN] = turn.masked_fill(light, 0)
     order = torch.sort(light.to(torch.int8), stable=True).indices
     return BackwardWork(table[order], index)
 

@@ -122,7 +122,7 @@ def tables(
     # backward.
     with torch.inference_mode(False), torch.no_grad():
         group = num_heads // num_key_value_heads
-        mask = _mask(pattern, layout, group, head_offset)
+        mask = _mask(pattern, layout, group, head_offset, tiles_q[0])
         places = _places(layout, device) if mask.by_places else []
         tile_k = _forward_tile_k(pattern, layout)
         maps = tile_maps(
@@ -139,40 +139,50 @@ def tables(
 
         if not _gathers(pattern, layout):
             work = backward_work(*maps_of(pattern, layout), batch, num_heads, group)
-            return Tables(mask, tile_k, forward, mask, [*work, *places], None, [])
+            backward_mask = _mask(pattern, layout, group, head_offset, tiles_q[1])
+            return Tables(mask, tile_k, forward, backward_mask, [*work, *places], None, [])
         rest = replace(pattern, stride_blocks=0, head_shift=0)
         work = backward_work(*maps_of(rest, layout), batch, num_heads, group)
         gathered, columns = _gather(pattern, layout, num_key_value_heads, head_offset)
         strided = backward_work(
             *without(maps_of(pattern, gathered), maps_of(rest, gathered)), batch, num_heads, group
         )
-        strided_mask = replace(_mask(pattern, gathered, group, head_offset), only_strided=True)
+        strided_mask = replace(
+            _mask(pattern, gathered, group, head_offset, tiles_q[1]), only_strided=True
+        )
         strided_places = _places(gathered, device) if strided_mask.by_places else []
         return Tables(
             mask,
             tile_k,
             forward,
-            _mask(rest, layout, group, head_offset),
+            _mask(rest, layout, group, head_offset, tiles_q[1]),
             [*work, *places],
             strided_mask,
             [torch.from_numpy(columns).to(device), *strided, *strided_places],
         )
 
 
-def _mask(pattern: SparsePattern, layout: Layout, group: int, head_offset: int) -> Mask:
+def _mask(
+    pattern: SparsePattern, layout: Layout, group: int, head_offset: int, tile_q: int
+) -> Mask:
     # Heads that repeat compile once.
     offset = head_offset % pattern.num_head_classes
-    if is_plain(layout):
-        return Mask(pattern, group=group, head_offset=offset)
-    return Mask(
-        pattern,
-        group=group,
-        head_offset=offset,
-        by_places=True,
-        query_rows=len(layout.queries) > 1,
-        key_rows=len(layout.keys) > 1,
-        key_heads=layout.num_key_heads,
-    )
+    if not is_plain(layout):
+        return Mask(
+            pattern,
+            group=group,
+            head_offset=offset,
+            by_places=True,
+            query_rows=len(layout.queries) > 1,
+            key_rows=len(layout.keys) > 1,
+            key_heads=layout.num_key_heads,
+        )
+    first = layout.num_keys - layout.num_queries
+    if _is_aligned(pattern, layout) and pattern.block_size % tile_q == first % tile_q == 0:
+        # Every tile lies within one block of queries and one of keys, so nothing but the diagonal
+        # cuts any: such patterns share a kernel, which has the cheapest mask.
+        return Mask(SparsePattern.full(), group=group)
+    return Mask(pattern, group=group, head_offset=offset)
 
 
 def _places(layout: Layout, device: torch.device) -> list[torch.Tensor]:

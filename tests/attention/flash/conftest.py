@@ -189,12 +189,14 @@ class Kernels:
             programs = torch.zeros(shape[0], shape[1], shape[3], dtype=torch.int64)
             table, tiles = work[:2]
             assert table.dtype == tiles.dtype == torch.int32
-            for j, h, b, start, count, last, full, _ in table.tolist():
+            for j, h, b, start, count, last, full, turn in table.tolist():
                 programs[b, h, j] += 1
                 assert start >= 0 and start + count <= len(tiles)
                 for i in tiles[start : start + count].tolist():
                     masked[b, h, i, j] += 1
-                for i in range(last, last - full, -1):
+                assert 0 <= turn < max(full, 1)
+                for at in range(turn, turn + full):
+                    i = last - at % full
                     assert i >= 0
                     whole[b, h, i, j] += 1
             counts = _weigh(masked, whole, mask, work[2:], sizes, tile_q, TILE_K)

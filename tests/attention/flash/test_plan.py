@@ -247,7 +247,29 @@ def test_kinds_of_tables(
         assert made.strided_mask.pattern == pattern and rest.stride_blocks == 0
         assert len(made.strided) == 7
     else:
-        assert rest == pattern
+        assert rest == (SparsePattern.full() if pattern == ALIGNED else pattern)
+
+
+@pytest.mark.parametrize(
+    ("tiles_q", "seen", "forward", "backward"),
+    [
+        ((128, 64), 0, True, True),
+        ((192, 64), 0, False, True),
+        ((192, 128), 0, False, True),
+        ((128, 128), 64, False, False),
+        ((128, 64), 64, False, True),
+        ((128, 64), 100, False, False),
+        ((128, 64), 256, True, True),
+    ],
+)
+def test_only_the_diagonal_cuts_tiles_within_blocks(
+    tiles_q: tuple[int, int], seen: int, forward: bool, backward: bool
+) -> None:
+    """Then patterns share the kernel of the cheapest mask."""
+    layout = Layout.causal(300, 300 + seen)
+    made = tables(ALIGNED, layout, 1, 4, 2, 3, tiles_q, torch.device("cpu"), True)
+    causal = Mask(SparsePattern.full(), group=2)
+    assert (made.mask == causal, made.backward_mask == causal) == (forward, backward)
 
 
 def test_heads_that_repeat_share_a_mask() -> None:
