@@ -16,7 +16,7 @@ import torch
 from longgen.attention.blocked import blocked_attention
 from longgen.attention.dense import dense_attention
 from longgen.attention.flash import flash_attend, flash_obstacle
-from longgen.attention.flex import flex_attend
+from longgen.attention.flex import SMALLEST_HEAD_DIM, flex_attend
 from longgen.attention.reference import reference_attention
 from longgen.errors import UsageError
 from longgen.layout import Layout
@@ -154,6 +154,8 @@ def _auto(
     if return_lse and impl.startswith("dense"):
         # PyTorch's own kernels keep it to themselves.
         impl = "flex" if device == "cuda" else "blocked"
+    if impl == "flex" and q.shape[3] < SMALLEST_HEAD_DIM:
+        impl = "blocked"
     _announce(impl, pattern, q, obstacle)
     return impl
 

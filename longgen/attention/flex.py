@@ -16,6 +16,8 @@ from longgen.layout import PADDING, Layout
 from longgen.pattern import SparsePattern
 
 TILE = 128
+# Of a head on a GPU, says its compiler.
+SMALLEST_HEAD_DIM = 16
 
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -145,6 +147,11 @@ def flex_attend(
             not compute there.
     """
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.device.type == "cuda" and q.shape[3] < SMALLEST_HEAD_DIM:
+        raise UsageError(
+            f"FlexAttention takes heads of at least {SMALLEST_HEAD_DIM} on a GPU, the tensors have "
+            f'{q.shape[3]}; use impl="blocked" (or "auto").'
+        )
     if q.device.type == "cpu" and wants_grad:
         raise UsageError(
             'FlexAttention computes no gradients on CPU; use impl="blocked" (or "auto") there.'

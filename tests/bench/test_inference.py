@@ -271,6 +271,34 @@ def test_a_slow_prefill_is_timed_once(settings: InferenceSettings) -> None:
     assert skip["length"] == 256 and "At once not tried: in pieces it took" in skip["reason"]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "timed"),
+    [
+        # Compiled in the first, then fast enough for all repeats.
+        ([3.0, 0.2, 0.3, 0.25], [0.2, 0.3, 0.25]),
+        ([3.0, 0.5], [0.5]),
+        ([4.5], [4.5]),
+    ],
+)
+def test_compilation_is_no_result(
+    settings: InferenceSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: list[float],
+    timed: list[float],
+) -> None:
+    left = iter(seconds)
+    monkeypatch.setattr(inference, "timed", lambda device, action: (None, next(left)))
+    bench = InferenceBench(replace(settings, seconds_each=1.0, repeats=3), lambda: None)
+
+    class Task:
+        def prepare(self, chunk: int) -> None: ...
+
+        def read(self) -> None: ...
+
+    assert bench._read(Task(), 8) == timed  # type: ignore[arg-type]
+    assert list(left) == []
+
+
 def test_nothing_new_begins_when_time_is_over(settings: InferenceSettings) -> None:
     bench = run(settings, seconds=0.0)
     assert bench.rows == []

@@ -224,6 +224,22 @@ def test_auto_names_the_obstacle_once(
     ]
 
 
+@pytest.mark.parametrize(("head_dim", "choice"), [(8, "blocked"), (16, "flex")])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_small_heads_are_not_left_to_flex(
+    hopper: None, chosen: list[str], head_dim: int, choice: str, return_lse: bool
+) -> None:
+    q, k = tensor(head_dim), tensor(head_dim, heads=2)
+    attention(q, k, k, pattern=SINK, return_lse=return_lse)
+    assert chosen == [choice]
+
+
+def test_flex_refuses_small_heads() -> None:
+    q, k = tensor(8), tensor(8, heads=2)
+    with pytest.raises(UsageError, match="heads of at least 16 on a GPU, the tensors have 8; use"):
+        attention(q, k, k, pattern=SINK, impl="flex")
+
+
 def test_auto_says_that_it_took_it(
     hopper: None, chosen: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
