@@ -18,6 +18,7 @@ from longgen.engine.scheduler import Scheduler
 from longgen.engine.step import Step, run
 from longgen.engine.text import IncrementalDetokenizer, StopStrings
 from longgen.errors import UsageError
+from longgen.hf.compile import compile_layers
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class Engine:
         kv_dtype: None keeps keys and values in the model's dtype, "fp8" in e4m3 with a scale a
             layer and head: half the bytes of bf16, at some loss.
         impl: the attention implementation (`longgen.attention`).
+        enforce_eager: on a GPU, neither compile the model's layers nor record CUDA graphs: quicker
+            to start, slower to run. On a CPU that is never done.
 
     Raises:
         UsageError: if the model is no hybrid, or a number makes no sense.
@@ -59,6 +62,7 @@ class Engine:
         prefill_chunk: int | None = None,
         kv_dtype: str | None = None,
         impl: str = "auto",
+        enforce_eager: bool = False,
     ) -> None:
         config: Any = getattr(model, "config", None)
         if not hasattr(config, "layer_plan"):
@@ -114,9 +118,10 @@ class Engine:
         )
         self.sampler = Sampler()
         # On a CPU, batches of fixed shape would only cost.
-        self.decode_runner = (
-            DecodeRunner(model, self.cache) if self.cache.device.type == "cuda" else None
-        )
+        self.decode_runner: DecodeRunner | None = None
+        if self.cache.device.type == "cuda" and not enforce_eager:
+            compile_layers(model)
+            self.decode_runner = DecodeRunner(model, self.cache)
         self.requests: dict[str, Request] = {}
         self._numbers = count()
         self._ended: list[RequestOutput] = []

@@ -77,6 +77,9 @@ def check_attention_name(requested: str | None) -> str:
     return requested
 
 
+# What it does depends on the layer's number and on documents that differ from batch to batch: a
+# compiler would make a graph for each.
+@torch.compiler.disable
 def longgen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

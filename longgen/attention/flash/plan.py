@@ -195,8 +195,19 @@ def _places(layout: Layout, device: torch.device) -> list[torch.Tensor]:
 
 
 def _is_aligned(pattern: SparsePattern, layout: Layout) -> bool:
-    """Whether blocks begin and end where key tiles do."""
-    return pattern.block_size % TILE_K == 0 and is_plain(layout)
+    """Whether every key tile lies within one block of one document."""
+    if pattern.block_size % TILE_K:
+        return False
+    return all(_begins_at_tiles(axis) for row in layout.keys for axis in row)
+
+
+def _begins_at_tiles(axis: Axis) -> bool:
+    column = 0
+    for document, start, length in axis:
+        if document != PADDING and (column % TILE_K or start % TILE_K):
+            return False
+        column += length
+    return True
 
 
 def _forward_tile_k(pattern: SparsePattern, layout: Layout) -> int:

@@ -1,0 +1,51 @@
+"""Compiled layers compute the same, in as few graphs as said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from longgen.engine import Engine, SamplingParams
+from longgen.hf.compile import compile_layers
+from tests.hf.conftest import STRIDED, build, tokens
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Trace, but leave out the compiler behind it, which takes a minute on a CPU."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=counter, **kw)
+    )
+    return counter
+
+
+def test_layers_share_their_graphs(graphs: CompileCounterWithBackend) -> None:
+    model = build(pattern=STRIDED, heads=4, key_value_heads=2)
+    prompts = [tokens(n, seed=n).tolist() for n in (30, 70, 33)]
+
+    def outputs() -> list[Any]:
+        engine = Engine(
+            model,
+            max_length=150,
+            max_sequences=3,
+            page_size=8,
+            prefill_chunk=16,
+            max_batched_tokens=64,
+        )
+        done = engine.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+        return [request.output for request in done]
+
+    plain = outputs()
+    compile_layers(model)
+    assert outputs() == plain
+    # Six graphs for many tokens, six for one, however many layers there are.
+    assert graphs.frame_count == 12
+    compile_layers(model)
+    assert outputs() == plain
+    assert graphs.frame_count == 12
