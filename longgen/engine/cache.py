@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from longgen.engine.slots import SlotGeometry
+from longgen.engine.transfer import to_device
 from longgen.errors import UsageError
 from longgen.hf.cache import cache_layout
 from longgen.layout import PADDING, Layout
@@ -82,6 +84,8 @@ class EngineCache:
         self.device = device
         self.pages, self.slots = Pool(num_pages), Pool(num_slots)
         self.geometry = SlotGeometry(plan.pattern, num_key_value_heads, max_length, device)
+        # For pieces of prompts, whose lengths the host knows: nothing waits for the device.
+        self.host_geometry = SlotGeometry(plan.pattern, num_key_value_heads, max_length)
         heads = (num_key_value_heads, head_dim)
         # For rows that only fill a batch up: what they write lands here and is never read.
         self.spare_page, self.spare_slot = num_pages, num_slots
@@ -156,6 +160,21 @@ class EngineCache:
         return total
 
 
+class _Moves(NamedTuple):
+    """Hold which entries of a slot take a token from where: maps, entries and sources, (n,)."""
+
+    maps: torch.Tensor
+    entries: torch.Tensor
+    sources: torch.Tensor
+
+    def apply(self, slot: torch.Tensor, source: torch.Tensor, by_head: bool) -> None:
+        """Write from `source` (T, Hkv, D) into `slot` (C, Hkv, D); all is read before it."""
+        if by_head:
+            slot[self.entries, self.maps] = source[self.sources, self.maps]
+        else:
+            slot[self.entries] = source[self.sources]
+
+
 class Span:
     """Describe the tokens of one sequence that go through the model in one step.
 
@@ -179,18 +198,19 @@ class Span:
         device = cache.device
         self.full_layout = Layout.causal(length, start + length)
         self.sparse_layout = cache_layout(pattern, start, length, (0,), heads)
-        self.table = torch.tensor(list(block_table), dtype=torch.long, device=device)
+        self.table = to_device(torch.tensor(list(block_table), dtype=torch.long), device)
         # Pages in a row need no gathering.
         first = block_table[0] if block_table else 0
         is_row = list(block_table) == list(range(first, first + len(block_table)))
         self.first_page = first if is_row else None
-        places = torch.arange(start, start + length, device=device)
-        page = places // cache.page_size
-        self.places = (
-            self.table[page] * cache.page_size + places % cache.page_size
-            if len(self.table)
-            else places
-        )
+        self._places: slice | torch.Tensor
+        if self.first_page is not None:
+            begin = self.first_page * cache.page_size + start
+            self._places = slice(begin, begin + length)
+        else:
+            places = torch.arange(start, start + length, device=device)
+            page = places // cache.page_size
+            self._places = self.table[page] * cache.page_size + places % cache.page_size
         self._held = self._held_entries()
         self._moves = self._entries_after()
 
@@ -200,35 +220,42 @@ class Span:
             return None
         documents, positions = self.sparse_layout.key_places()
         old = self.sparse_layout.num_keys - self.length
-        device = self.cache.device
-        held = torch.from_numpy(np.where(documents != PADDING, positions, 0)[0, :, :old]).to(device)
-        return self.cache.geometry.entries(
-            held[None].long(), torch.tensor([self.start], device=device)
-        )[0]
+        held = torch.from_numpy(np.where(documents != PADDING, positions, 0)[0, :, :old])
+        entries = self.cache.host_geometry.entries(held[None].long(), torch.tensor([self.start]))
+        return to_device(entries[0], self.cache.device)
 
-    def _entries_after(self) -> tuple[torch.Tensor, ...]:
-        """Return what changes in the slot: for each map, which entries, from which old entries or
-        new tokens: index tensors (maps, entries, sources), new tokens counted behind the slot."""
-        geometry = self.cache.geometry
-        device = self.cache.device
-        before, after = (
-            torch.tensor([n], device=device) for n in (self.start, self.start + self.length)
-        )
+    def _entries_after(self) -> tuple[_Moves | None, _Moves]:
+        """Return what changes in the slot: entries that take another one's token, None if there are
+        none, and those that take a new token."""
+        geometry = self.cache.host_geometry
+        before, after = (torch.tensor([n]) for n in (self.start, self.start + self.length))
         positions = geometry.positions(after)
         old_entries = geometry.entries(positions, before)
-        entry = torch.arange(geometry.capacity, device=device)
+        entry = torch.arange(geometry.capacity)
         is_new = positions >= self.start
-        source = torch.where(is_new, geometry.capacity + positions - self.start, old_entries)
-        changed = (positions >= 0) & (is_new | (old_entries != entry))
-        maps, entries = changed[0].nonzero(as_tuple=True)
-        return maps, entries, source[0, maps, entries]
+        moves = []
+        for chosen, source in (
+            ((positions >= 0) & ~is_new & (old_entries != entry), old_entries),
+            (is_new, positions - self.start),
+        ):
+            maps, entries = chosen[0].nonzero(as_tuple=True)
+            moves.append(
+                _Moves(
+                    *(
+                        to_device(x, self.cache.device)
+                        for x in (maps, entries, source[0][chosen[0]])
+                    )
+                )
+            )
+        kept, new = moves
+        return (kept if len(kept.entries) else None), new
 
     def write_full(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store new keys and values (T, Hkv, D) in a full layer."""
         cache = self.cache
         stores = cache.keys[layer], cache.values[layer]
         for store, new in zip(stores, cache.encode(layer, k, v), strict=True):
-            store.view(-1, *store.shape[2:])[self.places] = new
+            store.view(-1, *store.shape[2:])[self._places] = new
 
     def read_full(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all keys and values so far, (1, S, Hkv, D) each."""
@@ -255,11 +282,11 @@ class Span:
             v: new values (T, Hkv, D).
         """
         cache, dtype = self.cache, k.dtype
+        kept, fresh = self._moves
         seen = []
         stores = cache.keys[layer], cache.values[layer]
         for store, new in zip(stores, cache.encode(layer, k, v), strict=True):
             slot = store[self.slot]
-            both = torch.cat([slot, new])
             if self._held is None:
                 seen.append(new[None])
             elif len(self._held) == 1:
@@ -267,9 +294,8 @@ class Span:
             else:
                 heads = torch.arange(cache.num_heads, device=cache.device)
                 seen.append(torch.cat([slot[self._held.T, heads], new])[None])
-            maps, entries, source = self._moves
-            if cache.geometry.num_maps == 1:
-                slot[entries] = both[source]
-            else:
-                slot[entries, maps] = both[source, maps]
+            by_head = cache.geometry.num_maps > 1
+            if kept is not None:
+                kept.apply(slot, slot, by_head)
+            fresh.apply(slot, new, by_head)
         return cache.decode(layer, seen[0], seen[1], dtype)

@@ -224,6 +224,7 @@ class Engine:
         writing: list[Request] = []
         spans: list[Span] = []
         decoding: list[Request] = []
+        likeliest: torch.Tensor | None = None
         try:
             for request, length in batch:
                 assert request.slot is not None
@@ -238,7 +239,7 @@ class Engine:
                     rows.append(len(tokens) - 1)
                     writing.append(request)
             if self.decode_runner is not None and not spans:
-                logits = self.decode_runner(tokens, *self._places(decoding))
+                logits, likeliest = self.decode_runner(tokens, *self._places(decoding))
             else:
                 decode = DecodeBatch.of(self.cache, *self._places(decoding))
                 step = Step(self.cache, spans, decode if decoding else None, self.impl)
@@ -252,7 +253,10 @@ class Engine:
                 self.scheduler.suspects.remove(request)
         if not writing:
             return []
-        chosen = self.sampler.sample(logits, [request.row for request in writing])
+        if likeliest is not None and all(x.row.params.takes_likeliest for x in writing):
+            chosen = likeliest
+        else:
+            chosen = self.sampler.sample(logits, [request.row for request in writing])
         outputs = []
         for index, (request, token) in enumerate(zip(writing, chosen.tolist(), strict=True)):
             if token < 0:

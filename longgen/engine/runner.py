@@ -14,21 +14,74 @@ import torch
 
 from longgen.engine.cache import EngineCache
 from longgen.engine.decode import DecodeBatch
+from longgen.engine.sampling import likeliest
 from longgen.engine.step import Step, run_tokens
 
 
 class _Buffers:
-    """Hold the inputs and the result of a batch of one size."""
+    """Hold the inputs and the results of a batch of one size."""
 
     def __init__(self, cache: EngineCache, size: int) -> None:
         device = cache.device
+        self.cache, self.size = cache, size
         width = max(cache.num_pages_for(cache.max_length), 1)
-        self.tokens = torch.zeros(size, dtype=torch.long, device=device)
-        self.lengths = torch.ones(size, dtype=torch.long, device=device)
-        self.slots = torch.full((size,), cache.spare_slot, device=device)
-        self.tables = torch.full((size, width), cache.spare_page, dtype=torch.int32, device=device)
+        # What a step brings is put together on the host, where the device reads it by itself.
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(3, size, dtype=torch.long, pin_memory=pinned)
+        self._host_tables = torch.zeros(size, width, dtype=torch.int32, pin_memory=pinned)
+        self._numbers = torch.zeros(3, size, dtype=torch.long, device=device)
+        self.tables = torch.zeros(size, width, dtype=torch.int32, device=device)
+        # Which list each row of the tables holds, and how much of it.
+        self._held: list[tuple[list[int] | None, int]] = [(None, 0)] * size
         self.logits: torch.Tensor | None = None
+        self.likeliest: torch.Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The new tokens, (size,)."""
+        return self._numbers[0]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each sequence, the new one included, (size,)."""
+        return self._numbers[1]
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """Slots, (size,)."""
+        return self._numbers[2]
+
+    def fill(
+        self, tokens: list[int], lengths: list[int], slots: list[int], tables: list[list[int]]
+    ) -> None:
+        """Send a step's numbers to the device; rows that are left over write to the spare ones.
+
+        The results of the step before must have been read: its numbers may still be on their way
+        otherwise.
+        """
+        left = self.size - len(tokens)
+        spare = [self.cache.spare_slot] * left
+        rows = (tokens + [0] * left, lengths + [1] * left, slots + spare)
+        self._host.copy_(torch.tensor(rows))
+        self._numbers.copy_(self._host, non_blocking=True)
+        written = [self._write(row, table) for row, table in enumerate(tables)]
+        nothing = [self._write(row, None) for row in range(len(tokens), self.size)]
+        if any(written) or any(nothing):
+            self.tables.copy_(self._host_tables, non_blocking=True)
+
+    def _write(self, row: int, table: list[int] | None) -> bool:
+        """Put a sequence's pages into the host's table, as far as they aren't there; return whether
+        any were. What stands behind them doesn't matter."""
+        held, count = self._held[row]
+        if table is not held or held is None:
+            count = 0
+        pages = [self.cache.spare_page] if table is None else table[count:]
+        if not pages or (table is None and self._held[row] == (None, 1)):
+            return False
+        self._host_tables[row, count : count + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self._held[row] = table, count + len(pages)
+        return True
 
 
 class DecodeRunner:
@@ -60,45 +113,40 @@ class DecodeRunner:
     @torch.inference_mode()
     def __call__(
         self, tokens: list[int], lengths: list[int], slots: list[int], tables: list[list[int]]
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put one token of each sequence through the model.
 
         Args:
             tokens: the new tokens, (N).
             lengths: tokens of each sequence, the new one included.
             slots: their slots.
-            tables: their pages in order.
+            tables: their pages in order; a list that was given before may only have grown.
 
         Returns:
-            logits (N, vocabulary); overwritten by the next call.
+            logits (N, vocabulary) and what `likeliest` makes of them, (N,); both are overwritten by
+            the next call, before which they must have been read.
         """
         number = len(tokens)
         size = next(n for n in self.sizes if n >= number)
         buffers = self._buffers.get(size)
         if buffers is None:
             buffers = self._buffers[size] = _Buffers(self.cache, size)
-        filling = size - number
-        width = buffers.tables.shape[1]
-        spare = self.cache.spare_page
-        rows = [[*table, *[spare] * (width - len(table))] for table in tables]
-        for target, values in (
-            (buffers.tokens, [*tokens, *[0] * filling]),
-            (buffers.lengths, [*lengths, *[1] * filling]),
-            (buffers.slots, [*slots, *[self.cache.spare_slot] * filling]),
-            (buffers.tables, [*rows, *[[spare] * width] * filling]),
-        ):
-            target.copy_(torch.tensor(values, dtype=target.dtype), non_blocking=True)
+        buffers.fill(tokens, lengths, slots, tables)
         if not self.capture:
-            return self._run(buffers)[:number]
-        if buffers.graph is None:
+            self._run(buffers)
+        elif buffers.graph is None:
             self._record(buffers)
-        assert buffers.graph is not None and buffers.logits is not None
-        buffers.graph.replay()
-        return buffers.logits[:number]
+        if buffers.graph is not None:
+            buffers.graph.replay()
+        assert buffers.logits is not None and buffers.likeliest is not None
+        return buffers.logits[:number], buffers.likeliest[:number]
 
-    def _run(self, buffers: _Buffers) -> torch.Tensor:
+    def _run(self, buffers: _Buffers) -> None:
         batch = DecodeBatch(self.cache, buffers.lengths, buffers.slots, buffers.tables)
-        return run_tokens(self.model, Step(self.cache, [], batch), buffers.tokens, None)
+        step = Step(self.cache, [], batch)
+        buffers.logits = run_tokens(self.model, step, buffers.tokens, None)
+        # In the graph: one kernel after the other, the host would launch these ten times slower.
+        buffers.likeliest = likeliest(buffers.logits)
 
     def _record(self, buffers: _Buffers) -> None:
         """Record one pass; kernels are compiled and chosen in two passes before it.
@@ -117,7 +165,7 @@ class DecodeRunner:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            buffers.logits = self._run(buffers)
+            self._run(buffers)
         self._pool = self._pool or graph.pool()
         buffers.graph = graph
         buffers.slots.copy_(kept[0])

@@ -90,6 +90,11 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def takes_likeliest(self) -> bool:
+        """Whether the likeliest token is taken by the logits as they are."""
+        return self.is_greedy and self.repetition_penalty == 1
+
+    @property
     def is_filtered(self) -> bool:
         """Whether top_k, top_p or min_p leaves tokens out."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
@@ -288,6 +293,12 @@ def _probabilities(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     for index, _, candidates in _drawn(scores, is_valid, rows):
         result[index] = candidates.probabilities()
     return result.masked_fill(~is_valid[:, None], torch.nan)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Return what `Sampler.sample` does for rows (N, V) of which all take the likeliest token."""
+    tokens, is_valid = _likeliest(logits.float())
+    return tokens.where(is_valid, INVALID_TOKEN)
 
 
 def _likeliest(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from longgen.attention import attention
 from longgen.engine.cache import EngineCache, Span
 from longgen.engine.decode import DecodeBatch
+from longgen.engine.transfer import to_device
 
 
 class Step:
@@ -104,8 +105,8 @@ def run(model: Any, step: Step, tokens: Sequence[int], rows: Sequence[int]) -> t
     return run_tokens(
         model,
         step,
-        torch.tensor(list(tokens), device=device),
-        torch.tensor(list(rows), dtype=torch.long, device=device),
+        to_device(torch.tensor(list(tokens)), device),
+        to_device(torch.tensor(list(rows), dtype=torch.long), device),
     )
 
 
