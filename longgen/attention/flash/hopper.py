@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,9 +49,9 @@ os.environ.setdefault(
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, pipeline
 from cutlass.cute import FastDivmodDivisorV2
-from flash_attn.cute import interface
+from flash_attn.cute import copy_utils, interface
 from flash_attn.cute.block_sparsity import BlockSparseTensors
 from flash_attn.cute.cache_utils import JITCache, get_jit_cache
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
@@ -104,10 +104,28 @@ def _put(args: tuple[Any, ...], place: int, *values: Any) -> tuple[Any, ...]:
     return (*args[:place], *values, *args[place + len(values) :])
 
 
+# The place of Q's pipeline among the arguments of the forward kernel's consumers.
+_Q_PIPELINE = 12
+
+
+@dataclass(frozen=True)
+class _ReleasedBefore:
+    """Stand for a pipeline whose consumers have released it when the parent has them do so."""
+
+    of: pipeline.PipelineAsync
+
+    def consumer_wait_w_index_phase(self, *args: Any) -> None:
+        self.of.consumer_wait_w_index_phase(*args)
+
+    def consumer_release_w_index(self, index: int) -> None:
+        pass
+
+
 class PersistentForward(FlashAttentionForwardSm90):
     """The forward kernel with one program a multiprocessor, each going through many query tiles."""
 
     num_programs: int
+    q_pipeline: Any
     sQ_layout: Any
 
     def _get_shared_storage_cls(self) -> Any:
@@ -127,6 +145,118 @@ class PersistentForward(FlashAttentionForwardSm90):
         )
         args = _put(args, place - 1, params, StaticPersistentTileScheduler)
         return _Launch(super().kernel(*args), cutlass.min(Int32(self.num_programs), total))
+
+    @cute.jit
+    def load(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        sQ: cute.Tensor,
+        sK: cute.Tensor,
+        sV: cute.Tensor,
+        copy_q: cute.CopyAtom,
+        copy_k: cute.CopyAtom,
+        copy_v: cute.CopyAtom,
+        pipeline_k: pipeline.PipelineAsync,
+        pipeline_v: pipeline.PipelineAsync,
+        pipeline_q: pipeline.PipelineAsync,
+        unused_copy: Any,
+        unused_pages: Any,
+        lists: BlockSparseTensors,
+        unused_info: Any,
+        make_lengths: Callable[..., Any],
+        make_scheduler: Callable[..., Any],
+    ) -> None:
+        """Load what the lists name, masked tiles first, each list from its end.
+
+        The parent waits for Q's room before it loads the next query tile's keys; here the first of
+        them are on their way while the last tile ends.
+        """
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0:
+            q_phase = Int32(1)
+            state = pipeline.make_pipeline_state(
+                pipeline.PipelineUserType.Producer, self.num_stages
+            )
+            scheduler = make_scheduler()
+            work = scheduler.initial_work_tile_info()
+            while work.is_valid_tile:
+                m_block, head, row, _ = work.tile_idx
+                lengths = make_lengths(row)
+                key_head = head // self.qhead_per_kvhead
+                q = lengths.offset_batch_Q(mQ, row, dim=3)[None, None, head]
+                k = lengths.offset_batch_K(mK, row, dim=3)[None, None, key_head]
+                v = lengths.offset_batch_K(mV, row, dim=3)[None, None, key_head]
+                load_q, _, _ = copy_utils.tma_get_copy_fn(
+                    copy_q,
+                    0,
+                    cute.make_layout(1),
+                    cute.local_tile(q, (self.tile_m, self.tile_hdim), (m_block, 0)),
+                    sQ,
+                    single_stage=True,
+                )
+                load_k, _, _ = copy_utils.tma_get_copy_fn(
+                    copy_k,
+                    0,
+                    cute.make_layout(1),
+                    cute.local_tile(k, (self.tile_n, self.tile_hdim), (None, 0)),
+                    sK,
+                )
+                load_v, _, _ = copy_utils.tma_get_copy_fn(
+                    copy_v,
+                    0,
+                    cute.make_layout(1),
+                    cute.local_tile(v, (self.tile_n, self.tile_hdimv), (None, 0)),
+                    sV,
+                )
+                load_k = copy_utils.tma_producer_copy_fn(load_k, pipeline_k)
+                load_v = copy_utils.tma_producer_copy_fn(load_v, pipeline_v)
+                mask_count, full_count = (
+                    lists.mask_block_cnt[row, head, m_block],
+                    lists.full_block_cnt[row, head, m_block],
+                )
+                masked = lists.mask_block_idx[row, head, m_block, None]
+                full = lists.full_block_idx[row, head, m_block, None]
+                total = mask_count + full_count
+                # There is one: lists of query tiles that see nothing name a tile to mask.
+                tile = Int32(0)
+                if mask_count > 0:
+                    tile = masked[mask_count - 1]
+                else:
+                    tile = full[full_count - 1]
+                pipeline_k.producer_acquire(state)
+                load_k(src_idx=tile, producer_state=state)
+                pipeline_q.producer_acquire_w_index_phase(0, q_phase)
+                load_q(tma_bar_ptr=pipeline_q.sync_object_full.get_barrier(0))
+                q_phase ^= 1
+                for i in cutlass.range(1, total, unroll=1):
+                    following = Int32(0)
+                    if i < mask_count:
+                        following = masked[mask_count - 1 - i]
+                    else:
+                        following = full[total - 1 - i]
+                    before = state.clone()
+                    state.advance()
+                    pipeline_k.producer_acquire(state)
+                    load_k(src_idx=following, producer_state=state)
+                    pipeline_v.producer_acquire(before)
+                    load_v(src_idx=tile, producer_state=before)
+                    tile = following
+                pipeline_v.producer_acquire(state)
+                load_v(src_idx=tile, producer_state=state)
+                state.advance()
+                scheduler.advance_to_next_work()
+                work = scheduler.get_current_work()
+            pipeline_v.producer_tail(state)
+
+    def mma(self, *args: Any) -> None:
+        self.q_pipeline = args[_Q_PIPELINE]
+        super().mma(*_put(args, _Q_PIPELINE, _ReleasedBefore(args[_Q_PIPELINE])))
+
+    def last_half_block_overlap(self, *args: Any, **settings: Any) -> Any:
+        # All products with Q are done; the parent would keep it for the last one with V.
+        self.q_pipeline.consumer_release_w_index(0)
+        return super().last_half_block_overlap(*args, **settings)
 
     def epilogue(self, acc_O: Any, lse: Any, mO: Any, mLSE: Any, sO: Any, *args: Any) -> None:
         # The parent's barriers count whole tiles: none may begin before all have left the last.
@@ -292,6 +422,8 @@ def _compile_forward(
     dtype: torch.dtype, head_dim: int, mask: Mask, tile_k: int, num_programs: int
 ) -> Any:
     tile = _forward_tile(head_dim)
+    # The loop that ends in `last_half_block_overlap`.
+    assert tile.intra_wg_overlap
     kernel = PersistentForward(
         _TYPES[dtype],
         head_dim,

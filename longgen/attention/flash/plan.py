@@ -128,7 +128,10 @@ def tables(
         maps = tile_maps(
             pattern, layout, num_key_value_heads, head_offset, tiles_q[0], tile_k, device
         )
-        forward = [*forward_lists(*maps, num_heads, group), *places]
+        some, whole = maps
+        if mask.by_places:
+            some = _never_nothing(some)
+        forward = [*forward_lists(some, whole, num_heads, group), *places]
         if not gradients:
             return Tables(mask, tile_k, forward, mask, [], None, [])
 
@@ -160,6 +163,13 @@ def tables(
             strided_mask,
             [torch.from_numpy(columns).to(device), *strided, *strided_places],
         )
+
+
+def _never_nothing(some: torch.Tensor) -> torch.Tensor:
+    """Return tiles to visit, in which query tiles that see nothing (padding) visit the first: the
+    forward kernel expects one, and its mask leaves nothing of it."""
+    nothing = ~some.any(-1, keepdim=True)
+    return torch.cat([some[..., :1] | nothing, some[..., 1:]], -1)
 
 
 def _mask(

@@ -163,6 +163,7 @@ class Kernels:
             # Walked from the end, and only the first tile asks where the keys end.
             behind = (index[..., :-1] >= index[..., 1:]) & listed[..., 1:]
             assert not behind.any(), "tiles are not listed in order"
+        assert (lists[0] + lists[2]).all(), "a query tile has no tile to begin with"
         sizes = (q.shape[1], k.shape[1])
         return _attend(q, k, v, _weigh(*visits, mask, forward[4:], sizes, tile_q, tile_k), scale)
 
