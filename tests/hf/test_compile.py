@@ -19,9 +19,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=counter, **kw)
-    )
+
+    def trace(module: torch.nn.Module, *, dynamic: bool, options: dict[str, Any]) -> None:
+        assert options
+        compile_module(module, dynamic=dynamic, backend=counter)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
     return counter
 
 
