@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from longgen.engine.slots import SlotGeometry
-from longgen.engine.transfer import to_device
 from longgen.errors import UsageError
 from longgen.hf.cache import cache_layout
 from longgen.layout import PADDING, Layout
 from longgen.plan import LayerPlan
+from longgen.transfer import to_device
 
 # How much larger than the first tokens' largest number later ones may be before they are clamped.
 FP8_MARGIN = 2.0

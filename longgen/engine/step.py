@@ -10,7 +10,7 @@ import torch
 from longgen.attention import attention
 from longgen.engine.cache import EngineCache, Span
 from longgen.engine.decode import DecodeBatch
-from longgen.engine.transfer import to_device
+from longgen.transfer import to_device
 
 
 class Step:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -258,24 +260,30 @@ def test_refusals() -> None:
 
 
 def test_lists_are_made_fast() -> None:
-    """At 131,072 tokens, all tables of a pattern of unlike heads for both directions."""
+    """At 131,072 tokens, all tables for both directions: while they are made, layers wait."""
     from longgen.attention.flash.hopper import tiles_q
     from longgen.attention.flash.plan import tables
 
     device = torch.device("cuda", torch.cuda.current_device())
-    pattern = SparsePattern(
-        block_size=128, sink_blocks=0, local_blocks=8, stride_blocks=16, head_shift=1
-    )
     layout = Layout.causal(131072)
-    times = []
-    for _ in range(20):
-        tables.cache_clear()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        tables(pattern, layout, 1, 32, 32, 0, tiles_q(128), device, True)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    print(f"tables: {sorted(times)[10]:.2f} ms")
-    assert sorted(times)[10] < 5.0
+    patterns = {
+        "sink": SparsePattern.attention_sink(),
+        "strided, 16 unlike heads": SparsePattern(
+            block_size=128, sink_blocks=0, local_blocks=8, stride_blocks=16, head_shift=1
+        ),
+        "full": SparsePattern.full(),
+    }
+    medians = {}
+    for name, pattern in patterns.items():
+        times = []
+        # The first compile the kernels.
+        for _ in range(55):
+            tables.cache_clear()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            tables(pattern, layout, 1, 32, 32, 0, tiles_q(128), device, True)
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+        medians[name] = statistics.median(times[5:])
+        print(f"tables: {name}: {medians[name]:.3f} ms, least {min(times):.3f} ms")
+    assert max(medians.values()) < 1.0

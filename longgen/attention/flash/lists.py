@@ -3,6 +3,8 @@
 The forward kernel reads, for each query tile, the key tiles that it has to mask and those that it
 need not. The backward kernel reads a work table: one row a program, each with its key tile and the
 query tiles that see it.
+
+Plain layouts go without maps on a GPU: `triton_lists` and `triton_work` make the same lists.
 """
 
 from __future__ import annotations

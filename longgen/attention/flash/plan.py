@@ -13,12 +13,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from longgen.attention.flash.lists import backward_work, forward_lists, tile_maps, without
+from longgen.attention.flash.lists import (
+    BackwardWork,
+    ForwardLists,
+    backward_work,
+    forward_lists,
+    tile_maps,
+    without,
+)
 from longgen.layout import PADDING, Axis, Layout, Run, axis_length
 from longgen.pattern import SparsePattern
+from longgen.transfer import to_device
 
 # The kernels' key tiles; the backward kernel has no other.
 TILE_K = 128
+# Some milliseconds of one core.
+_MOST_TILES_BY_HOST = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -125,13 +135,10 @@ def tables(
         mask = _mask(pattern, layout, group, head_offset, tiles_q[0])
         places = _places(layout, device) if mask.by_places else []
         tile_k = _forward_tile_k(pattern, layout)
-        maps = tile_maps(
-            pattern, layout, num_key_value_heads, head_offset, tiles_q[0], tile_k, device
-        )
-        some, whole = maps
-        if mask.by_places:
-            some = _never_nothing(some)
-        forward = [*forward_lists(some, whole, num_heads, group), *places]
+        heads = (num_heads, num_key_value_heads, head_offset)
+        where = device if gradients else _where(pattern, layout, num_key_value_heads, device)
+        lists = _forward(pattern, layout, *heads, tiles_q[0], tile_k, where)
+        forward = [*(to_device(x, device) for x in lists), *places]
         if not gradients:
             return Tables(mask, tile_k, forward, mask, [], None, [])
 
@@ -141,11 +148,11 @@ def tables(
             )
 
         if not _gathers(pattern, layout):
-            work = backward_work(*maps_of(pattern, layout), batch, num_heads, group)
+            work = _backward(pattern, layout, batch, *heads, tiles_q[1], device)
             backward_mask = _mask(pattern, layout, group, head_offset, tiles_q[1])
             return Tables(mask, tile_k, forward, backward_mask, [*work, *places], None, [])
         rest = replace(pattern, stride_blocks=0, head_shift=0)
-        work = backward_work(*maps_of(rest, layout), batch, num_heads, group)
+        work = _backward(rest, layout, batch, *heads, tiles_q[1], device)
         gathered, columns = _gather(pattern, layout, num_key_value_heads, head_offset)
         strided = backward_work(
             *without(maps_of(pattern, gathered), maps_of(rest, gathered)), batch, num_heads, group
@@ -170,6 +177,65 @@ def _never_nothing(some: torch.Tensor) -> torch.Tensor:
     forward kernel expects one, and its mask leaves nothing of it."""
     nothing = ~some.any(-1, keepdim=True)
     return torch.cat([some[..., :1] | nothing, some[..., 1:]], -1)
+
+
+def _where(
+    pattern: SparsePattern, layout: Layout, num_key_value_heads: int, device: torch.device
+) -> torch.device:
+    """Return where lists for a prompt's piece are made.
+
+    A device is asked how long they get, and would have to finish all that it does before it could
+    tell. The host has the next piece's ready meanwhile, if they are not many.
+    """
+    maps = min(num_key_value_heads, pattern.num_head_classes)
+    tiles = layout.num_rows * maps * layout.num_queries * layout.num_keys // TILE_K**2
+    by_host = tiles <= _MOST_TILES_BY_HOST and not is_plain(layout)
+    return torch.device("cpu") if by_host else device
+
+
+def _by_triton(layout: Layout, device: torch.device) -> bool:
+    """Whether lists are made by Triton, without maps of all tiles."""
+    return device.type == "cuda" and is_plain(layout)
+
+
+def _forward(
+    pattern: SparsePattern,
+    layout: Layout,
+    num_heads: int,
+    num_key_value_heads: int,
+    head_offset: int,
+    tile_q: int,
+    tile_k: int,
+    device: torch.device,
+) -> ForwardLists:
+    tiles = (head_offset, tile_q, tile_k, device)
+    if _by_triton(layout, device):
+        from longgen.attention.flash.triton_lists import plain_forward_lists
+
+        return plain_forward_lists(pattern, layout, num_heads, num_key_value_heads, *tiles)
+    some, whole = tile_maps(pattern, layout, num_key_value_heads, *tiles)
+    if not is_plain(layout):
+        some = _never_nothing(some)
+    return forward_lists(some, whole, num_heads, num_heads // num_key_value_heads)
+
+
+def _backward(
+    pattern: SparsePattern,
+    layout: Layout,
+    batch: int,
+    num_heads: int,
+    num_key_value_heads: int,
+    head_offset: int,
+    tile_q: int,
+    device: torch.device,
+) -> BackwardWork:
+    tiles = (head_offset, tile_q, TILE_K, device)
+    if _by_triton(layout, device):
+        from longgen.attention.flash.triton_work import plain_backward_work
+
+        return plain_backward_work(pattern, layout, batch, num_heads, num_key_value_heads, *tiles)
+    maps = tile_maps(pattern, layout, num_key_value_heads, *tiles)
+    return backward_work(*maps, batch, num_heads, num_heads // num_key_value_heads)
 
 
 def _mask(
@@ -201,7 +267,9 @@ def _places(layout: Layout, device: torch.device) -> list[torch.Tensor]:
     Kernels read them for all rows of a tile, also for those behind the end: hence the tail.
     """
     arrays = (*layout.query_places(), *layout.key_places())
-    return [torch.from_numpy(np.pad(array.ravel(), (0, 256))).to(device) for array in arrays]
+    return [
+        to_device(torch.from_numpy(np.pad(array.ravel(), (0, 256))), device) for array in arrays
+    ]
 
 
 def _is_aligned(pattern: SparsePattern, layout: Layout) -> bool:
