@@ -6,7 +6,7 @@ import torch
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a copy of a host tensor on a device; the copy is queued behind what runs there."""
-    if device.type != "cuda" or not x.numel():
+    """Return a tensor on a device; the copy of one of the host is queued behind what runs there."""
+    if x.device.type != "cpu" or device.type != "cuda" or not x.numel():
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)

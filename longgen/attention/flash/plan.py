@@ -6,6 +6,7 @@ Made once for a pattern and a layout on a device, and shared by all layers that 
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -128,9 +129,11 @@ def tables(
         device: where they are needed.
         gradients: whether the backward kernel will run.
     """
+    # Triton launches on the current device.
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     # Shared by training and inference: tensors born in inference mode could not be saved for
     # backward.
-    with torch.inference_mode(False), torch.no_grad():
+    with current, torch.inference_mode(False), torch.no_grad():
         group = num_heads // num_key_value_heads
         mask = _mask(pattern, layout, group, head_offset, tiles_q[0])
         places = _places(layout, device) if mask.by_places else []

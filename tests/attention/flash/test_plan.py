@@ -279,6 +279,22 @@ def test_only_the_diagonal_cuts_tiles_within_blocks(
     assert (made.mask == causal, made.backward_mask == causal) == (forward, backward)
 
 
+@pytest.mark.parametrize(
+    ("layout", "heads", "where"),
+    [
+        (AFTER_A_GAP, 2, "cpu"),
+        (AFTER_A_GAP, 1000, "cpu"),
+        (Layout.causal(1000, 8000), 2, "cuda"),
+        (Layout.packed([0, 30_000, 131_072]), 2, "cuda"),
+    ],
+)
+def test_the_host_makes_small_lists_that_triton_does_not(
+    layout: Layout, heads: int, where: str
+) -> None:
+    assert plan._where(ALIGNED, layout, heads, torch.device("cuda")).type == where
+    assert plan._where(ALIGNED, layout, heads, torch.device("cpu")).type == "cpu"
+
+
 def test_heads_that_repeat_share_a_mask() -> None:
     """A kernel is compiled for each mask."""
     assert make(head_offset=1).mask == make(head_offset=4).mask != make(head_offset=2).mask
