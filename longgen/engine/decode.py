@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 
 from longgen.engine.cache import EngineCache
-from longgen.engine.kernels import decode_attention
+from longgen.engine.kernels import decode_attention, store_tokens
 
 
 class DecodeBatch:
@@ -55,10 +55,10 @@ class DecodeBatch:
 
     @cached_property
     def _page_and_offset(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where the new tokens go in full layers: page and place in it, (N,) each."""
+        """Return where the new tokens go in full layers: page (N,) and place in it (N, 1)."""
         position, size = self.lengths - 1, self.cache.page_size
         page = self.block_tables.gather(1, (position // size)[:, None]).long()
-        return page[:, 0], position % size
+        return page[:, 0], (position % size)[:, None]
 
     @cached_property
     def _entries(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -79,6 +79,15 @@ class DecodeBatch:
         """Return which entries of their slots the new tokens see: bool (N, maps, C)."""
         return self.cache.geometry.visible(self.lengths)
 
+    @cached_property
+    def _arrivals(self) -> torch.Tensor:
+        """Return what programs that share a sequence and head count themselves by, (N, Hkv).
+
+        Made once a step: layers take turns, and each leaves zeros behind.
+        """
+        shape = len(self), self.cache.num_heads
+        return torch.zeros(shape, dtype=torch.int32, device=self.cache.device)
+
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
@@ -89,34 +98,42 @@ class DecodeBatch:
         """
         cache = self.cache
         keys, values = cache.keys[layer], cache.values[layer]
-        k, v = cache.encode(layer, k, v)
-        out_scale = None
-        if cache.scales is not None:
-            # The stored keys' factor goes into the queries, the values' into the result.
-            group = q.shape[1] // cache.num_heads
-            key_scale, out_scale = cache.scales[layer].repeat_interleave(group, 1)[..., None]
-            q, out_scale = (q * key_scale).to(q.dtype), out_scale.to(q.dtype)
+        scales = None if cache.scales is None else cache.scales[layer]
+        store_scales = scales
+        if scales is None or not cache._has_scales[layer]:
+            # The first tokens of a layer set its scales.
+            k, v = cache.encode(layer, k, v)
+            store_scales = None
         if cache.plan.layers[layer] == "F":
-            page, offset = self._page_and_offset
-            keys[page, offset], values[page, offset] = k, v
-            out = decode_attention(
-                q, keys, values, self.block_tables, scale=scale, lengths=self.lengths
+            pages, entries = self._page_and_offset
+            store_tokens(keys, values, k, v, pages=pages, entries=entries, scales=store_scales)
+            return decode_attention(
+                q,
+                keys,
+                values,
+                self.block_tables,
+                scale=scale,
+                lengths=self.lengths,
+                scales=scales,
             )
-        else:
-            self._store(keys, k)
-            self._store(values, v)
-            out = decode_attention(
-                q, keys, values, self.slots[:, None], scale=scale, visible=self._visible
-            )
-        return out if out_scale is None else out * out_scale
-
-    def _store(self, store: torch.Tensor, new: torch.Tensor) -> None:
-        """Put new keys or values (N, Hkv, D) into their slots of a sparse layer."""
-        cache, slots = self.cache, self.slots[:, None]
         entries, moved = self._entries
-        heads = torch.arange(cache.num_heads, device=cache.device)[None]
-        entries = entries.expand(-1, cache.num_heads)
-        if moved is not None:
-            places = moved.expand(-1, cache.num_heads)
-            store[slots, places, heads] = store[slots, entries, heads]
-        store[slots, entries, heads] = new
+        store_tokens(
+            keys,
+            values,
+            k,
+            v,
+            pages=self.slots,
+            entries=entries,
+            moved=moved,
+            scales=store_scales,
+        )
+        return decode_attention(
+            q,
+            keys,
+            values,
+            self.slots[:, None],
+            scale=scale,
+            visible=self._visible,
+            scales=scales,
+            arrivals=self._arrivals,
+        )

@@ -85,7 +85,7 @@ class Step:
         if self.decode is not None:
             queries, keys, values = (x[0, :, begin:].transpose(0, 1) for x in (q, k, v))
             outputs.append(self.decode.attend(layer, queries, keys, values, scale)[None])
-        return torch.cat(outputs, 1)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
 @torch.inference_mode()

@@ -1,4 +1,8 @@
-"""Split-KV decoding in Triton: many programs a sequence, and one that puts their parts together."""
+"""Split-KV decoding in Triton: many programs a sequence, whose parts are then put together.
+
+Launches cost as much as the work of one sequence. So a single part is the result, and parts of few
+keys are put together by whichever program is last to arrive; only many parts take a second launch.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-# Keys that a program reads at a time; the smallest side of a tile that tensor cores take.
+# Keys that a program reads at a time, its warps, and the blocks that it has under way.
 BLOCK_N = 64
+NUM_WARPS = 4
+NUM_STAGES = 3
+# Keys that one program still reads alone, and the fewest for which others are cut in parts.
+WHOLE_KEYS = 512
+SPLIT_KEYS = 256
+MOST_SPLITS = 128
+# The most parts that the last program puts together by itself, and the numbers it holds at a time.
+JOIN_SPLITS = 32
+JOIN_NUMBERS = 8192
+# The smallest side of a tile that tensor cores take.
 MIN_SIDE = 16
 
 
@@ -19,8 +33,11 @@ def _part(
     table_ptr: tl.tensor,
     length_ptr: tl.tensor,
     visible_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
     out_ptr: tl.tensor,
     stats_ptr: tl.tensor,
+    result_ptr: tl.tensor,
+    arrivals_ptr: tl.tensor,
     scale_log2: tl.tensor,
     q_row: tl.tensor,
     q_head: tl.tensor,
@@ -37,13 +54,29 @@ def _part(
     GROUP_TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    SPLIT_TILE: tl.constexpr,
+    JOIN_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
+    EVEN_PAGES: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    JOINS: tl.constexpr,
 ) -> None:
-    """One sequence, one key head, one part of its keys: unnormalised output, maximum and sum."""
+    """One sequence, one key head, one part of its keys: unnormalised output, maximum and sum.
+
+    EVEN_PAGES: pages are whole blocks. WHOLE: the part is all, and the result is written. JOINS:
+    the last part to be done puts all together.
+    """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_key_heads = tl.num_programs(1)
+    value_scale = 1.0
+    if HAS_SCALES:
+        scale_log2 *= tl.load(scales_ptr + head)
+        value_scale = tl.load(scales_ptr + num_key_heads + head)
     length = capacity
     if HAS_LENGTHS:
         length = tl.minimum(tl.load(length_ptr + row).to(tl.int32), capacity)
@@ -65,11 +98,21 @@ def _part(
     highest = tl.full((GROUP_TILE,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_TILE,), tl.float32)
     out = tl.zeros((GROUP_TILE, DIM_TILE), tl.float32)
+    if ONE_PAGE:
+        # Once: in the loop, keys would wait for it.
+        only_page = tl.load(table_ptr + row * table_stride).to(tl.int64) * page_stride
     for start in range(first, last, BLOCK):
         token = start + tl.arange(0, BLOCK)
         exists = token < last
-        page = tl.load(table_ptr + row * table_stride + token // page_size, mask=exists, other=0)
-        place = page.to(tl.int64) * page_stride + (token % page_size) * token_stride
+        if ONE_PAGE:
+            place = only_page + token * token_stride
+        else:
+            page_at = table_ptr + row * table_stride
+            if EVEN_PAGES:
+                page = tl.load(page_at + start // page_size).to(tl.int64)
+            else:
+                page = tl.load(page_at + token // page_size, mask=exists, other=0).to(tl.int64)
+            place = page * page_stride + (token % page_size) * token_stride
         place += head * head_stride
         mask = exists[:, None] & in_dim[None, :]
         k = tl.load(k_ptr + place[:, None] + dim[None, :], mask=mask, other=0.0).to(q.dtype)
@@ -89,12 +132,88 @@ def _part(
         out = out * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
         highest = new_highest
 
-    part = (row * num_key_heads + head) * num_splits + split
-    out_at = (part * GROUP + group)[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(out_ptr + out_at, out, mask=q_mask)
-    stats_at = stats_ptr + (part * GROUP + group) * 2
-    tl.store(stats_at, highest, mask=group < GROUP)
-    tl.store(stats_at + 1, total, mask=group < GROUP)
+    pair = row * num_key_heads + head
+    if WHOLE:
+        result = out * (value_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+        result_at = (pair * GROUP + group)[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(result_ptr + result_at, result.to(result_ptr.dtype.element_ty), mask=q_mask)
+    else:
+        part = pair * num_splits + split
+        out_at = (part * GROUP + group)[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(out_ptr + out_at, out, mask=q_mask)
+        stats_at = stats_ptr + (part * GROUP + group) * 2
+        tl.store(stats_at, highest, mask=group < GROUP)
+        tl.store(stats_at + 1, total, mask=group < GROUP)
+    if JOINS:
+        # All threads have written before one of them says so.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel", scope="gpu")
+        if arrived == num_splits - 1:
+            _join(
+                out_ptr,
+                stats_ptr,
+                result_ptr,
+                pair,
+                num_splits,
+                value_scale,
+                GROUP,
+                HEAD_DIM,
+                DIM_TILE,
+                MEMBERS,
+                SPLIT_TILE,
+                JOIN_TILE,
+            )
+            # For the next launch: nobody else counts any more.
+            tl.store(arrivals_ptr + pair, 0)
+
+
+@triton.jit
+def _join(
+    out_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    result_ptr: tl.tensor,
+    pair: tl.tensor,
+    num_splits: tl.tensor,
+    value_scale: tl.tensor,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    SPLIT_TILE: tl.constexpr,
+    JOIN_TILE: tl.constexpr,
+) -> None:
+    """Weigh the parts of all queries of one sequence and key head by what they summed up."""
+    member, dim = tl.arange(0, MEMBERS), tl.arange(0, DIM_TILE)
+    split = tl.arange(0, SPLIT_TILE)
+    exists = (split < num_splits)[:, None] & (member < GROUP)[None, :]
+    stats_at = stats_ptr + ((pair * num_splits + split)[:, None] * GROUP + member[None, :]) * 2
+    # From the second-level cache, where the other processors' stores are.
+    highest = tl.load(stats_at, mask=exists, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(stats_at + 1, mask=exists, other=0.0, cache_modifier=".cg")
+    most = tl.max(highest, 0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    whole = tl.sum(total * tl.exp2(highest - most[None, :]), 0)
+    result = tl.zeros((MEMBERS, DIM_TILE), tl.float32)
+    # A few parts at a time, so that they fit into registers, of all queries at once: nothing waits
+    # for anything else.
+    for begin in tl.static_range(0, SPLIT_TILE, JOIN_TILE):
+        some = begin + tl.arange(0, JOIN_TILE)
+        exists = (some < num_splits)[:, None] & (member < GROUP)[None, :]
+        part = (pair * num_splits + some)[:, None] * GROUP + member[None, :]
+        highest = tl.load(
+            stats_ptr + part * 2, mask=exists, other=float("-inf"), cache_modifier=".cg"
+        )
+        parts = tl.load(
+            out_ptr + part[:, :, None] * HEAD_DIM + dim[None, None, :],
+            mask=exists[:, :, None] & (dim < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        result += tl.sum(parts * tl.exp2(highest - most[None, :])[:, :, None], 0)
+    result *= (value_scale / tl.where(whole == 0.0, 1.0, whole))[:, None]
+    at = (pair * GROUP + member)[:, None] * HEAD_DIM + dim[None, :]
+    mask = (member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    tl.store(result_ptr + at, result.to(result_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -102,11 +221,13 @@ def _together(
     out_ptr: tl.tensor,
     stats_ptr: tl.tensor,
     result_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
     num_splits: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
     SPLIT_TILE: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
 ) -> None:
     """Weigh the parts of one query by what they summed up."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -124,18 +245,22 @@ def _together(
     parts = tl.load(out_ptr + part[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
     whole = tl.sum(total * weight, 0)
     result = tl.sum(parts * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
+    if HAS_SCALES:
+        result *= tl.load(scales_ptr + num_key_heads + key_head)
     at = (row * tl.num_programs(1) + head) * HEAD_DIM + dim
     tl.store(result_ptr + at, result.to(result_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
 def _splits(programs: int, capacity: int, device: torch.device) -> int:
     """Cut keys into so many parts that two programs a multiprocessor have work."""
+    if capacity <= WHOLE_KEYS:
+        return 1
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
         else 4
     )
-    return max(1, min(-(-2 * processors // programs), -(-capacity // (4 * BLOCK_N)), 128))
+    return max(1, min(-(-2 * processors // programs), -(-capacity // SPLIT_KEYS), MOST_SPLITS))
 
 
 def paged_decode(
@@ -147,22 +272,52 @@ def paged_decode(
     lengths: torch.Tensor | None,
     visible: torch.Tensor | None,
     num_splits: int | None = None,
+    *,
+    scales: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None,
+    block: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+    join_splits: int | None = None,
 ) -> torch.Tensor:
-    """See `kernels.decode_attention`."""
+    """See `kernels.decode_attention`.
+
+    What follows changes the time that it takes, and the result only by rounding; None takes the
+    constants of this module.
+
+    Args:
+        num_splits: parts that a sequence's keys are cut into.
+        block: keys that a program reads at a time, a power of two of at least 16.
+        num_warps: warps of a program.
+        num_stages: blocks that a program has under way.
+        join_splits: with `arrivals`, the most parts that the last program puts together; more take
+            a second launch.
+    """
     number, num_heads, head_dim = q.shape
     page_size, num_key_heads = keys.shape[1:3]
     group = num_heads // num_key_heads
     capacity = block_tables.shape[1] * page_size
     splits = num_splits or _splits(number * num_key_heads, capacity, q.device)
+    most = JOIN_SPLITS if join_splits is None else join_splits
+    joins = arrivals is not None and 1 < splits <= most
+    # The kernels have one set of strides for both, and go by rows.
+    assert keys.stride() == values.stride() and keys.stride(3) == 1
+    assert scales is None or scales.is_contiguous()
+    assert arrivals is None or arrivals.is_contiguous()
     q = q if q.stride(2) == 1 else q.contiguous()
     tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
     seen = visible if visible is None or visible.stride(2) == 1 else visible.contiguous()
-    parts = torch.empty(
-        number, num_key_heads, splits, group, head_dim, dtype=torch.float32, device=q.device
-    )
-    stats = torch.empty(*parts.shape[:-1], 2, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    parts = stats = out
+    if splits > 1:
+        shape = number, num_key_heads, splits, group
+        parts = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
+        stats = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
+    block = BLOCK_N if block is None else block
     dim_tile = max(triton.next_power_of_2(head_dim), MIN_SIDE)
+    split_tile = triton.next_power_of_2(splits)
+    members = triton.next_power_of_2(group)
+    factors = scales if scales is not None else tables
     _part[(number, num_key_heads, splits)](
         q,
         keys,
@@ -170,8 +325,11 @@ def paged_decode(
         tables,
         lengths if lengths is not None else tables,
         seen if seen is not None else tables,
+        factors,
         parts,
         stats,
+        out,
+        arrivals if joins else tables,
         scale * 1.4426950408889634,
         q.stride(0),
         q.stride(1),
@@ -185,21 +343,36 @@ def paged_decode(
         page_size,
         splits,
         GROUP=group,
-        GROUP_TILE=max(triton.next_power_of_2(group), MIN_SIDE),
+        GROUP_TILE=max(members, MIN_SIDE),
         HEAD_DIM=head_dim,
         DIM_TILE=dim_tile,
-        BLOCK=BLOCK_N,
+        MEMBERS=members,
+        # Nothing else is compiled for each number of parts.
+        SPLIT_TILE=split_tile if joins else 1,
+        JOIN_TILE=min(split_tile, max(1, JOIN_NUMBERS // (members * dim_tile))) if joins else 1,
+        BLOCK=block,
+        ONE_PAGE=block_tables.shape[1] == 1,
+        EVEN_PAGES=page_size % block == 0,
         HAS_LENGTHS=lengths is not None,
         HAS_VISIBLE=seen is not None,
+        HAS_SCALES=scales is not None,
+        WHOLE=splits == 1,
+        JOINS=joins,
+        num_warps=NUM_WARPS if num_warps is None else num_warps,
+        num_stages=NUM_STAGES if num_stages is None else num_stages,
     )
+    if joins or splits == 1:
+        return out
     _together[(number, num_heads)](
         parts,
         stats,
         out,
+        factors,
         splits,
         GROUP=group,
         HEAD_DIM=head_dim,
         DIM_TILE=dim_tile,
-        SPLIT_TILE=triton.next_power_of_2(splits),
+        SPLIT_TILE=split_tile,
+        HAS_SCALES=scales is not None,
     )
     return out

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from longgen.engine import Engine, SamplingParams, kernels
+from longgen.engine.cache import EngineCache
+from longgen.engine.decode import DecodeBatch
 from longgen.engine.runner import DecodeRunner
 from longgen.pattern import SparsePattern
+from longgen.plan import LayerPlan
 from tests.hf.conftest import SINK, STRIDED, build, tokens
 
 pytestmark = [
@@ -18,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+FP8 = torch.float8_e4m3fn
 BOTH = SparsePattern(block_size=3, sink_blocks=2, local_blocks=2, stride_blocks=2, head_shift=3)
 
 
@@ -26,7 +30,11 @@ BOTH = SparsePattern(block_size=3, sink_blocks=2, local_blocks=2, stride_blocks=
 def test_decoding_kernel(group: int, head_dim: int) -> None:
     """Against fp64, to twice what PyTorch makes of the same numbers in their own precision."""
     torch.manual_seed(0)
-    for dtype, page_size in itertools.product((torch.bfloat16, torch.float16), (16, 128)):
+    for dtype, page_size in (
+        (torch.bfloat16, 16),
+        (torch.bfloat16, 128),
+        (torch.float16, 128),
+    ):
         number, heads, width = 5, 2, 4096 // page_size
         draw = {"device": "cuda", "dtype": dtype}
         q = torch.randn(number, heads * group, head_dim, **draw)
@@ -48,23 +56,147 @@ def test_decoding_kernel(group: int, head_dim: int) -> None:
             scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
             eager = torch.einsum("nhgs,nshd->nhgd", torch.softmax(scores, -1), v).reshape(q.shape)
             budget = 2 * (eager.double() - exact).square().mean().sqrt()
-            for splits in (None, 1, 7):
+            arrivals = torch.zeros(number, heads, dtype=torch.int32, device="cuda")
+            # Each costs a compilation, so not all of all.
+            last = [(None, arrivals), (7, arrivals)] if seen is visible else []
+            for splits, counts in ((None, None), (1, None), (7, None), *last):
                 found = kernels.decode_attention(
-                    q, keys, values, tables, num_splits=splits, **settings
+                    q, keys, values, tables, num_splits=splits, arrivals=counts, **settings
                 )
                 error = (found.double() - exact).square().mean().sqrt()
                 assert error <= budget + exact.square().mean().sqrt() * torch.finfo(dtype).eps / 2
+                assert not arrivals.any()
 
 
 def test_keys_in_fp8() -> None:
     torch.manual_seed(0)
     q = torch.randn(3, 8, 128, device="cuda", dtype=torch.bfloat16)
-    keys, values = torch.randn(2, 12, 128, 2, 128, device="cuda").to(torch.float8_e4m3fn)
+    keys, values = torch.randn(2, 12, 128, 2, 128, device="cuda").to(FP8)
     tables = torch.arange(12, device="cuda").view(3, 4)
     lengths = torch.tensor([512, 100, 300], device="cuda")
-    found = kernels.decode_attention(q, keys, values, tables, scale=0.1, lengths=lengths)
-    exact = kernels._plain(q, keys, values, tables, 0.1, lengths, None)
-    assert torch.allclose(found.float(), exact.float(), atol=2e-2, rtol=2e-2)
+    arrivals = torch.zeros(3, 2, dtype=torch.int32, device="cuda")
+    for scales in (None, torch.tensor([[0.7, 1.3], [2.0, 0.5]], device="cuda")):
+        exact = kernels._plain(q, keys, values, tables, 0.1, lengths, None, scales)
+        settings: dict[str, Any] = {"scale": 0.1, "lengths": lengths, "scales": scales}
+        for splits, counts in itertools.product((1, 3), (None, arrivals)):
+            found = kernels.decode_attention(
+                q, keys, values, tables, num_splits=splits, arrivals=counts, **settings
+            )
+            assert torch.allclose(found.float(), exact.float(), atol=2e-2, rtol=2e-2)
+
+
+def test_the_last_to_arrive_sees_all_parts() -> None:
+    """Many times over, on processors that are full and empty: always the same bits."""
+    torch.manual_seed(0)
+    for number in (1, 16, 200):
+        q = torch.randn(number, 32, 128, device="cuda", dtype=torch.bfloat16)
+        keys, values = torch.randn(2, number, 2112, 8, 128, device="cuda", dtype=q.dtype)
+        tables = torch.arange(number, device="cuda")[:, None]
+        arrivals = torch.zeros(number, 8, dtype=torch.int32, device="cuda")
+        found = [
+            kernels.decode_attention(
+                q, keys, values, tables, scale=0.1, arrivals=arrivals, num_splits=9
+            )
+            for _ in range(200)
+        ]
+        assert all(torch.equal(found[0], other) for other in found[1:])
+        twice = kernels.decode_attention(q, keys, values, tables, scale=0.1, num_splits=9)
+        assert torch.allclose(found[0].float(), twice.float(), atol=1e-2, rtol=1e-2)
+        assert not arrivals.any()
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32, FP8])
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_storing_kernel(head_dim: int, moves: bool, kept: torch.dtype) -> None:
+    """Against PyTorch on the CPU, bit for bit."""
+    torch.manual_seed(0)
+    number, heads, size = 70, 8, 130
+    stores = list(torch.randn(2, 90, size, heads, head_dim).to(kept).unbind())
+    new = torch.randn(2, heads, number, head_dim).to(torch.bfloat16 if kept == FP8 else kept)
+    new[0, 0, 0, :4] = torch.tensor([1e5, -1e5, 0.0, 1e-6])
+    k, v = new.transpose(1, 2)
+    pages, entries = torch.randperm(90)[:number], torch.randint(size - 1, (number, heads))
+    moved = torch.where(torch.rand(number, heads) < 0.5, size - 1, entries) if moves else None
+    scales = torch.rand(2, heads) / 50 + 1e-4 if kept == FP8 else None
+    places = {"pages": pages, "entries": entries, "moved": moved, "scales": scales}
+    found = [store.cuda() for store in stores]
+    kernels.store_tokens(
+        *found, k.cuda(), v.cuda(), **{n: x if x is None else x.cuda() for n, x in places.items()}
+    )
+    kernels.store_tokens(*stores, k, v, **places)
+    for a, b in zip(found, stores, strict=True):
+        assert torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8))
+
+
+def test_every_bfloat16_is_encoded_like_by_pytorch() -> None:
+    """All but NaNs, which stay NaNs."""
+    new = torch.arange(65536).to(torch.uint16).view(torch.bfloat16).cuda()
+    k = new.view(-1, 1, 128)
+    cache = EngineCache(
+        LayerPlan("F", SINK),
+        1,
+        128,
+        num_pages=len(k),
+        page_size=1,
+        num_slots=1,
+        max_length=1,
+        dtype=FP8,
+        device=k.device,
+    )
+    assert cache.scales is not None
+    for scale in (1.0, 0.0371, 7.7):
+        cache.scales[0].fill_(scale)
+        cache._has_scales[0] = True
+        kernels.store_tokens(
+            cache.keys[0],
+            cache.values[0],
+            k,
+            k,
+            pages=torch.arange(len(k), device="cuda"),
+            entries=torch.zeros(len(k), 1, dtype=torch.long, device="cuda"),
+            scales=cache.scales[0],
+        )
+        expected = cache.encode(0, k, k)[0].flatten()
+        for stored in (cache.keys[0], cache.values[0]):
+            found = stored[: len(k)].flatten()
+            same = found.view(torch.uint8) == expected.view(torch.uint8)
+            assert (same | new.isnan()).all()
+            assert torch.equal(found.float().isnan(), new.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("pattern", [SparsePattern.attention_sink(), BOTH], ids=["sink", "both"])
+def test_launches_of_a_layer(pattern: SparsePattern, dtype: torch.dtype) -> None:
+    """One stores and one attends; in full layers a third puts the parts together."""
+    cache = EngineCache(
+        LayerPlan("SF", pattern),
+        8,
+        128,
+        num_pages=64,
+        page_size=128,
+        num_slots=1,
+        max_length=8192,
+        dtype=dtype,
+        device=torch.device("cuda"),
+    )
+    q, k, v = (torch.randn(1, n, 128, device="cuda").bfloat16() for n in (32, 8, 8))
+    batch = DecodeBatch.of(cache, [5000], [0], [list(range(64))])
+    names: list[list[str]] = []
+    for layer in range(2):
+        for _ in range(2):
+            batch.attend(layer, q, k, v, 0.1)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            batch.attend(layer, q, k, v, 0.1)
+            torch.cuda.synchronize()
+        on_device = torch.autograd.DeviceType.CUDA
+        names.append([e.name for e in profile.events() if e.device_type == on_device])
+    # Calls of the driver aren't launches of their own.
+    calls = ("cu", "Activity", "Context")
+    sparse, full = (sorted(n for n in some if not n.startswith(calls)) for some in names)
+    assert sparse == ["_part", "_store"]
+    assert full == ["_part", "_store", "_together"]
 
 
 @pytest.mark.parametrize("pattern", [SINK, STRIDED, BOTH], ids=["sink", "strided", "both"])
@@ -110,11 +242,21 @@ def test_recorded_steps_write_what_generate_does(pattern: SparsePattern) -> None
     assert [b.graph for b in engine.decode_runner._buffers.values()] == graphs
 
 
-def test_recorded_steps_equal_unrecorded_ones() -> None:
+@pytest.mark.parametrize("kv_dtype", [None, "fp8"])
+@pytest.mark.parametrize("joins", [False, True])
+def test_recorded_steps_equal_unrecorded_ones(
+    joins: bool, kv_dtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longgen.engine import triton_decode
+
+    if joins:
+        # Slots as small as these are otherwise read by one program.
+        for name in ("WHOLE_KEYS", "SPLIT_KEYS", "BLOCK_N"):
+            monkeypatch.setattr(triton_decode, name, 16)
     model = build(pattern=STRIDED, heads=4, key_value_heads=2).cuda()
     outputs = []
     for capture in (True, False):
-        engine = Engine(model, max_length=150, max_sequences=3, page_size=8)
+        engine = Engine(model, max_length=150, max_sequences=3, page_size=8, kv_dtype=kv_dtype)
         engine.decode_runner = DecodeRunner(model, engine.cache, capture=capture)
         prompts = [tokens(n, seed=n).tolist() for n in (10, 70, 33)]
         done = engine.generate(prompts, SamplingParams(max_tokens=50, ignore_eos=True))

@@ -1,0 +1,73 @@
+"""The kernels of decoding compile for Hopper on any machine that has Triton."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
+
+
+def compile_(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> Any:
+    """Compile a kernel for sm_90: all that is neither a pointer nor a constant is a whole number,
+    but for the scale."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {}
+    for name in kernel.arg_names:
+        number = "fp32" if name == "scale_log2" else "i32"
+        signature[name] = "constexpr" if name in constants else pointers.get(name, number)
+    source = ASTSource(kernel, signature, constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32))
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("kept", ["bf16", "u8"])
+def test_storing_compiles(kept: str, moves: bool) -> None:
+    from longgen.engine.triton_store import _store
+
+    pointers = {"k_ptr": "*bf16", "v_ptr": "*bf16", "scales_ptr": "*fp32", "page_ptr": "*i64"}
+    pointers |= {"keys_ptr": f"*{kept}", "values_ptr": f"*{kept}"}
+    pointers |= {"entry_ptr": "*i64", "moved_ptr": "*i64"}
+    scaled = kept == "u8"
+    constants = {"HEAD_DIM": 96, "DIM_TILE": 128, "HAS_MOVED": moves, "HAS_SCALES": scaled}
+    compile_(_store, pointers, constants)
+
+
+@pytest.mark.parametrize("splits", ["one", "few", "many"])
+@pytest.mark.parametrize("kept", ["bf16", "fp8e4nv"])
+def test_attending_compiles(kept: str, splits: str) -> None:
+    from longgen.engine.triton_decode import _part, _together
+
+    pointers = {"q_ptr": "*bf16", "k_ptr": f"*{kept}", "v_ptr": f"*{kept}", "table_ptr": "*i64"}
+    pointers |= {"length_ptr": "*i64", "visible_ptr": "*i1", "scales_ptr": "*fp32"}
+    pointers |= {"out_ptr": "*fp32", "stats_ptr": "*fp32", "result_ptr": "*bf16"}
+    scaled = kept == "fp8e4nv"
+    shape = {"GROUP": 4, "HEAD_DIM": 128, "DIM_TILE": 128, "SPLIT_TILE": 16}
+    compile_(
+        _part,
+        pointers | {"arrivals_ptr": "*i32"},
+        shape
+        | {
+            "GROUP_TILE": 16,
+            "MEMBERS": 4,
+            "JOIN_TILE": 16,
+            "BLOCK": 64,
+            "ONE_PAGE": splits != "many",
+            "EVEN_PAGES": scaled,
+            "HAS_LENGTHS": splits == "many",
+            "HAS_VISIBLE": splits != "many",
+            "HAS_SCALES": scaled,
+            "WHOLE": splits == "one",
+            "JOINS": splits == "few",
+        },
+    )
+    if splits == "many":
+        compile_(_together, pointers, shape | {"HAS_SCALES": scaled})
