@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._free = list(range(size - 1, -1, -1))
+        # A heap: pages in a row are read without gathering them.
+        self._free = list(range(size))
         self._used: set[int] = set()
 
     @property
@@ -36,7 +38,7 @@ class Pool:
         """Hand out `count` numbers; the caller has looked at `num_free`."""
         if count > len(self._free):
             raise RuntimeError(f"{count} asked for, {len(self._free)} are free")
-        taken = [self._free.pop() for _ in range(count)]
+        taken = [heappop(self._free) for _ in range(count)]
         self._used.update(taken)
         return taken
 
@@ -44,7 +46,7 @@ class Pool:
         """Take numbers back."""
         for number in numbers:
             self._used.remove(number)
-            self._free.append(number)
+            heappush(self._free, number)
 
 
 class EngineCache:

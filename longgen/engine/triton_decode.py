@@ -6,21 +6,32 @@ keys are put together by whichever program is last to arrive; only many parts ta
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-# Keys that a program reads at a time, its warps, and the blocks that it has under way.
-BLOCK_N = 64
-NUM_WARPS = 4
+# Keys that a program reads at a time, its warps, the blocks that it has under way, and programs a
+# multiprocessor: the fastest of 24 combinations for 131,072 keys on an H200 (docs/experiments.md).
 NUM_STAGES = 3
+
+
+class Tuning(NamedTuple):
+    """Hold what is best for queries that have their keys alone, or share them."""
+
+    block: int
+    num_warps: int
+    programs: int
+
+
+# Of keys in one block, at most.
+BLOCK_BYTES = 1 << 15
+ALONE, SHARED = Tuning(128, 8, 8), Tuning(64, 4, 4)
 # Keys that one program still reads alone, and the fewest for which others are cut in parts.
 WHOLE_KEYS = 512
 SPLIT_KEYS = 256
 MOST_SPLITS = 128
-# Programs a multiprocessor: 131,072 keys of 32 heads took 0.67 ms with 2, 0.51 with 8 on an H200,
-# as long as a copy of as many bytes (docs/experiments.md).
-PROGRAMS = 8
 # The most parts that the last program puts together by itself, and the numbers it holds at a time.
 JOIN_SPLITS = 32
 JOIN_NUMBERS = 8192
@@ -254,7 +265,14 @@ def _together(
     tl.store(result_ptr + at, result.to(result_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-def _splits(programs: int, capacity: int, device: torch.device) -> int:
+def _tuning(group: int, row_bytes: int) -> Tuning:
+    """Return what is best for `group` queries a key head and keys of `row_bytes`."""
+    tuning = ALONE if group == 1 else SHARED
+    # Blocks under way must fit into shared memory.
+    return tuning._replace(block=min(tuning.block, max(MIN_SIDE, BLOCK_BYTES // row_bytes)))
+
+
+def _splits(pairs: int, programs: int, capacity: int, device: torch.device) -> int:
     """Cut keys into so many parts that every multiprocessor has enough to read at any time."""
     if capacity <= WHOLE_KEYS:
         return 1
@@ -263,7 +281,7 @@ def _splits(programs: int, capacity: int, device: torch.device) -> int:
         if device.type == "cuda"
         else 4
     )
-    wanted = -(-PROGRAMS * processors // programs)
+    wanted = -(-programs * processors // pairs)
     return max(1, min(wanted, -(-capacity // SPLIT_KEYS), MOST_SPLITS))
 
 
@@ -301,7 +319,10 @@ def paged_decode(
     page_size, num_key_heads = keys.shape[1:3]
     group = num_heads // num_key_heads
     capacity = block_tables.shape[1] * page_size
-    splits = num_splits or _splits(number * num_key_heads, capacity, q.device)
+    dim_tile = max(triton.next_power_of_2(head_dim), MIN_SIDE)
+    tuning = _tuning(group, dim_tile * keys.element_size())
+    pairs = number * num_key_heads
+    splits = num_splits or _splits(pairs, tuning.programs, capacity, q.device)
     most = JOIN_SPLITS if join_splits is None else join_splits
     joins = arrivals is not None and 1 < splits <= most
     # The kernels have one set of strides for both, and go by rows.
@@ -317,8 +338,7 @@ def paged_decode(
         shape = number, num_key_heads, splits, group
         parts = torch.empty(*shape, head_dim, dtype=torch.float32, device=q.device)
         stats = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
-    block = BLOCK_N if block is None else block
-    dim_tile = max(triton.next_power_of_2(head_dim), MIN_SIDE)
+    block = tuning.block if block is None else block
     split_tile = triton.next_power_of_2(splits)
     members = triton.next_power_of_2(group)
     factors = scales if scales is not None else tables
@@ -362,7 +382,7 @@ def paged_decode(
         HAS_SCALES=scales is not None,
         WHOLE=splits == 1,
         JOINS=joins,
-        num_warps=NUM_WARPS if num_warps is None else num_warps,
+        num_warps=tuning.num_warps if num_warps is None else num_warps,
         num_stages=NUM_STAGES if num_stages is None else num_stages,
     )
     if joins or splits == 1:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 # One token's matrix products, which only read weights, become kernels that do so at nearly the
 # speed of a copy, fused with what surrounds them, instead of calls of a library that don't.
-_OPTIONS = {"coordinate_descent_tuning": True}
+_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 
 
 def compile_layers(model: Any) -> None:
     """Have `torch.compile` fuse norms, rotary embedding, gates and residuals of a decoder.
 
-    One graph serves all layers, and any number of tokens but one, which has a second. Attention
-    stays outside: its kernels are compiled on their own. Calling it again changes nothing.
+    One set of graphs serves all layers, and any number of tokens but one, which has a second.
+    Attention stays outside: its kernels are compiled on their own. Calling it again changes
+    nothing.
 
     Args:
         model: a causal language model of transformers.
     """
     for module in (*model.model.layers, model.model.norm):
-        if module._compiled_call_impl is None:
-            module.compile(dynamic=True, options=_OPTIONS)
+        if module._compiled_call_impl is not None:
+            continue
+        down = getattr(getattr(module, "mlp", None), "down_proj", None)
+        if down is not None:
+            # By itself: for one token, every program of the product would compute the gate anew.
+            compiled = torch.compile(down.forward, dynamic=True, options=_OPTIONS)
+            down.forward = torch.compiler.disable(compiled)
+        module.compile(dynamic=True, options=_OPTIONS)

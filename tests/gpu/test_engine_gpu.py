@@ -251,7 +251,7 @@ def test_recorded_steps_equal_unrecorded_ones(
 
     if joins:
         # Slots as small as these are otherwise read by one program.
-        for name in ("WHOLE_KEYS", "SPLIT_KEYS", "BLOCK_N"):
+        for name in ("WHOLE_KEYS", "SPLIT_KEYS"):
             monkeypatch.setattr(triton_decode, name, 16)
     model = build(pattern=STRIDED, heads=4, key_value_heads=2).cuda()
     outputs = []
