@@ -49,9 +49,9 @@ os.environ.setdefault(
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, pipeline
+from cutlass import Float32, Int32, const_expr, pipeline
 from cutlass.cute import FastDivmodDivisorV2
-from flash_attn.cute import copy_utils, interface
+from flash_attn.cute import copy_utils, interface, utils
 from flash_attn.cute.block_sparsity import BlockSparseTensors
 from flash_attn.cute.cache_utils import JITCache, get_jit_cache
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
@@ -60,6 +60,7 @@ from flash_attn.cute.mask import AttentionMask
 from flash_attn.cute.named_barrier import NamedBarrierFwd
 from flash_attn.cute.tile_scheduler import SingleTileScheduler, StaticPersistentTileScheduler
 from flash_attn.cute.utils import AuxData, scalar_to_ssa
+from quack import layout_utils
 from quack.compile_utils import make_fake_tensor
 
 ARCH = 90
@@ -126,6 +127,9 @@ class PersistentForward(FlashAttentionForwardSm90):
 
     num_programs: int
     q_pipeline: Any
+    # The parent sets these while it is traced: O leaves by each group of warps for itself.
+    use_tma_O = property(lambda self: False, lambda self, value: None)
+    num_epilogue_threads = property(lambda self: 128, lambda self, value: None)
     sQ_layout: Any
 
     def _get_shared_storage_cls(self) -> Any:
@@ -258,13 +262,77 @@ class PersistentForward(FlashAttentionForwardSm90):
         self.q_pipeline.consumer_release_w_index(0)
         return super().last_half_block_overlap(*args, **settings)
 
-    def epilogue(self, acc_O: Any, lse: Any, mO: Any, mLSE: Any, sO: Any, *args: Any) -> None:
-        # The parent's barriers count whole tiles: none may begin before all have left the last.
-        cute.arch.barrier(
-            barrier_id=max(NamedBarrierFwd) + 1, number_of_threads=self.num_epilogue_threads
+    @cute.jit
+    def epilogue(
+        self,
+        acc_O: cute.Tensor,
+        lse: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        sO: cute.Tensor,
+        lengths: Any,
+        copy_o: cute.TiledCopy,
+        unused_atom: Any,
+        tiled_mma: cute.TiledMma,
+        thread: Int32,
+        m_block: Int32,
+        head: Int32,
+        row: Int32,
+    ) -> None:
+        """Store O and the log-sum-exp, each group of warps its own rows.
+
+        The parent has all groups wait for each other, and the first for the copy engine: none could
+        begin the next tile while another still ends this one.
+        """
+        group = cute.arch.make_warp_uniform(thread // self.num_epilogue_threads)
+        barrier = max(NamedBarrierFwd) + 1 + group
+        # Behind Q, where the next tile's is on its way.
+        sO = cute.make_tensor(sO.iterator + self.tile_m * self.tile_hdim, sO.layout)
+        # Nobody reads the last tile's rows any more.
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=self.num_epilogue_threads)
+        rO = cute.make_fragment_like(acc_O, self.dtype)
+        rO.store(acc_O.load().to(self.dtype))
+        atom = utils.get_smem_store_atom(ARCH, self.dtype)
+        to_shared = cute.make_tiled_copy_C(atom, tiled_mma).get_slice(thread)
+        cute.copy(atom, to_shared.retile(rO), to_shared.partition_D(sO))
+
+        num_queries = lengths.seqlen_q
+        gLSE = cute.local_tile(
+            lengths.offset_batch_Q(mLSE, row, dim=2)[None, head], (self.tile_m,), (m_block,)
         )
-        behind_q = cute.make_tensor(sO.iterator + self.tile_m * self.tile_hdim, sO.layout)
-        super().epilogue(acc_O, lse, mO, mLSE, behind_q, *args)
+        columns = cute.append(gLSE.layout, cute.make_layout((self.tile_hdimv,), stride=(0,)))
+        own = tiled_mma.get_slice(thread)
+        own_lse = layout_utils.reshape_acc_to_mn(
+            own.partition_C(cute.make_tensor(gLSE.iterator, columns))
+        )
+        places = cute.make_identity_tensor((self.tile_m, self.tile_hdimv))
+        place = layout_utils.reshape_acc_to_mn(own.partition_C(places))
+        if place[0][1] == 0:
+            for m in cutlass.range(cute.size(own_lse.shape[1]), unroll_full=True):
+                if place[m, 0][0] < num_queries - m_block * self.tile_m:
+                    own_lse[m, 0] = lse[m]
+
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=self.num_epilogue_threads)
+        shape = (self.tile_m // self.num_wg_mma, self.tile_hdimv)
+        block = m_block * self.num_wg_mma + group
+        from_shared = copy_o.get_slice(thread % self.num_epilogue_threads)
+        held = from_shared.partition_S(cute.local_tile(sO, shape, (group, 0)))
+        rows = cute.make_fragment_like(held, self.dtype)
+        cute.autovec_copy(held, rows)
+        gO = cute.local_tile(
+            lengths.offset_batch_Q(mO, row, dim=3)[None, None, head], shape, (block, 0)
+        )
+        target = from_shared.partition_D(gO)
+        places = from_shared.partition_S(cute.make_identity_tensor(shape))
+        in_head = utils.predicate_k(places, limit=mO.shape[1])
+        for m in cutlass.range_constexpr(cute.size(rows.shape[1])):
+            if places[0, m, 0][0] < num_queries - block * shape[0]:
+                cute.copy(
+                    copy_o,
+                    rows[None, m, None],
+                    target[None, m, None],
+                    pred=in_head[None, m, None] if const_expr(self.check_hdim_v_oob) else None,
+                )
 
 
 class _Descending:
