@@ -6,12 +6,42 @@ serves any lengths.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from longgen.engine.cache import EngineCache
 from longgen.engine.kernels import decode_attention, store_tokens
+from longgen.engine.slots import SlotGeometry
+
+
+class SlotPlaces(NamedTuple):
+    """Hold where one new token of each of N sequences goes in sparse layers, and what it sees.
+
+    Attributes:
+        entries: the new tokens' entries in a slot, (N, maps).
+        moved: where the tokens that stand there now go: elsewhere if a stride keeps them, or
+            nowhere (the same entries); None where there are no strides.
+        visible: which entries the new tokens see, bool (N, maps, C).
+    """
+
+    entries: torch.Tensor
+    moved: torch.Tensor | None
+    visible: torch.Tensor
+
+
+def slot_places(geometry: SlotGeometry, lengths: torch.Tensor) -> SlotPlaces:
+    """Find the places of new tokens; `lengths` (N,) count them."""
+    position = (lengths - 1)[:, None, None].expand(-1, geometry.num_maps, 1)
+    entries = geometry.entries(position, lengths)
+    moved = None
+    if geometry.num_strided:
+        leaving = position - geometry.num_ring
+        kept = geometry.is_strided(leaving) & (leaving >= geometry.num_sinks)
+        moved = torch.where(kept, geometry.entries(leaving, lengths), entries)[..., 0]
+    return SlotPlaces(entries[..., 0], moved, geometry.visible(lengths))
 
 
 class DecodeBatch:
@@ -23,6 +53,7 @@ class DecodeBatch:
         slots: their slots, (N,).
         block_tables: their pages in order, (N, most); what stands behind a sequence's own doesn't
             matter.
+        find_places: `slot_places`, or what a compiler made of its many small operations.
     """
 
     def __init__(
@@ -31,8 +62,9 @@ class DecodeBatch:
         lengths: torch.Tensor,
         slots: torch.Tensor,
         block_tables: torch.Tensor,
+        find_places: Callable[[SlotGeometry, torch.Tensor], SlotPlaces] = slot_places,
     ) -> None:
-        self.cache, self.lengths = cache, lengths
+        self.cache, self.lengths, self._find_places = cache, lengths, find_places
         self.slots, self.block_tables = slots, block_tables
 
     @classmethod
@@ -61,23 +93,8 @@ class DecodeBatch:
         return page[:, 0], (position % size)[:, None]
 
     @cached_property
-    def _entries(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the entries of the new tokens in a slot, (N, maps), and where the tokens that
-        stand there now go: elsewhere if a stride keeps them, or nowhere (the same entries)."""
-        geometry = self.cache.geometry
-        position = (self.lengths - 1)[:, None, None].expand(-1, geometry.num_maps, 1)
-        entries = geometry.entries(position, self.lengths)
-        if not geometry.num_strided:
-            return entries[..., 0], None
-        leaving = position - geometry.num_ring
-        kept = geometry.is_strided(leaving) & (leaving >= geometry.num_sinks)
-        moved = torch.where(kept, geometry.entries(leaving, self.lengths), entries)
-        return entries[..., 0], moved[..., 0]
-
-    @cached_property
-    def _visible(self) -> torch.Tensor:
-        """Return which entries of their slots the new tokens see: bool (N, maps, C)."""
-        return self.cache.geometry.visible(self.lengths)
+    def _places(self) -> SlotPlaces:
+        return self._find_places(self.cache.geometry, self.lengths)
 
     @cached_property
     def _arrivals(self) -> torch.Tensor:
@@ -116,7 +133,7 @@ class DecodeBatch:
                 lengths=self.lengths,
                 scales=scales,
             )
-        entries, moved = self._entries
+        entries, moved, visible = self._places
         store_tokens(
             keys,
             values,
@@ -133,7 +150,7 @@ class DecodeBatch:
             values,
             self.slots[:, None],
             scale=scale,
-            visible=self._visible,
+            visible=visible,
             scales=scales,
             arrivals=self._arrivals,
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from longgen.engine.cache import EngineCache
-from longgen.engine.decode import DecodeBatch
+from longgen.engine.decode import DecodeBatch, slot_places
 from longgen.engine.sampling import likeliest
 from longgen.engine.step import Step, run_tokens
 
@@ -107,6 +107,10 @@ class DecodeRunner:
             sizes = (*(n for n in powers if n < cache.slots.size), cache.slots.size)
         self.sizes = tuple(sorted(sizes))
         self.capture = cache.device.type == "cuda" if capture is None else capture
+        # Some fifty small kernels otherwise, once a step.
+        self._find_places = (
+            torch.compile(slot_places, dynamic=True) if self.capture else slot_places
+        )
         self._buffers: dict[int, _Buffers] = {}
         self._pool: Any = None
 
@@ -142,7 +146,9 @@ class DecodeRunner:
         return buffers.logits[:number], buffers.likeliest[:number]
 
     def _run(self, buffers: _Buffers) -> None:
-        batch = DecodeBatch(self.cache, buffers.lengths, buffers.slots, buffers.tables)
+        batch = DecodeBatch(
+            self.cache, buffers.lengths, buffers.slots, buffers.tables, self._find_places
+        )
         step = Step(self.cache, [], batch)
         buffers.logits = run_tokens(self.model, step, buffers.tokens, None)
         # In the graph: one kernel after the other, the host would launch these ten times slower.

@@ -7,8 +7,6 @@ stored about places: they follow from how many tokens the sequence has seen.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 
 from longgen.pattern import SparsePattern
@@ -56,6 +54,16 @@ class SlotGeometry:
             self.num_strided = max(held) * size
         self._first = torch.tensor(first, device=self.device)
         self._heads = torch.arange(self.num_maps, device=self.device)
+        # Which part each entry belongs to: bool (C,) for sinks, ring, strided.
+        entry, ring = (
+            torch.arange(self.capacity, device=self.device),
+            self.num_sinks + self.num_ring,
+        )
+        self._parts = (
+            entry < self.num_sinks,
+            (entry >= self.num_sinks) & (entry < ring),
+            entry >= ring,
+        )
 
     def _first_strided(self, head: int) -> int:
         """Return the first strided block behind the sinks."""
@@ -68,13 +76,6 @@ class SlotGeometry:
     def capacity(self) -> int:
         """Entries of a slot, a head."""
         return self.num_sinks + self.num_ring + self.num_strided
-
-    @cached_property
-    def _parts(self) -> tuple[torch.Tensor, ...]:
-        """Return which part each entry belongs to: bool (C,) for sinks, ring, strided."""
-        entry = torch.arange(self.capacity, device=self.device)
-        ring = self.num_sinks + self.num_ring
-        return entry < self.num_sinks, (entry >= self.num_sinks) & (entry < ring), entry >= ring
 
     def positions(self, lengths: torch.Tensor) -> torch.Tensor:
         """Return the position in every entry after so many tokens, -1 where there is none.

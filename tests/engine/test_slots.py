@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from longgen.engine.decode import slot_places
 from longgen.engine.slots import SlotGeometry
 from longgen.pattern import SparsePattern
 
@@ -67,3 +69,20 @@ def test_sequences_shorter_than_the_sinks(longest: int) -> None:
     assert geometry.capacity == longest
     held = geometry.positions(torch.tensor([longest]))[0, 0]
     assert held.tolist() == list(range(longest))
+
+
+@pytest.mark.parametrize("stride", [0, 3])
+def test_places_of_new_tokens_can_be_compiled_for_any_lengths(stride: int) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    pattern = SparsePattern(
+        block_size=8, sink_blocks=1, local_blocks=2, stride_blocks=stride, head_shift=stride // 3
+    )
+    geometry = SlotGeometry(pattern, 4, 500)
+    compiled = torch.compile(slot_places, dynamic=True, backend=counter, fullgraph=True)
+    for number in (2, 3, 5):
+        lengths = torch.randint(1, 500, (number,))
+        for found, meant in zip(
+            compiled(geometry, lengths), slot_places(geometry, lengths), strict=True
+        ):
+            assert (found is meant is None) or torch.equal(found, meant)
+    assert counter.frame_count == 1
