@@ -146,18 +146,18 @@ def attention(name: str) -> list[str]:
             label = f"**{label}**" if provider == "ours" else label
             lines.append(f"| {head} | {label} | {cells} |")
             head = ""
-    notes = {
-        f"- {labels.get(row['provider'], row['provider'])}, {row['case']}: {reason}"
-        for row in rows
-        for reason in (row.get("note"), row.get("error"))
-        if reason
-    }
+    notes: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for reason in filter(None, (row.get("note"), row.get("error"))):
+            of = notes.setdefault((labels.get(row["provider"], row["provider"]), reason), [])
+            _, pattern, _ = row["case"].split(".")
+            of += [pattern] if pattern not in of else []
     row, rate = rows[0], results["ceiling"]
     shape = f"{row['heads']}/{row['kv_heads']} heads x {row['head_dim']}, {row['dtype']}, batch 1"
     return [
         *lines,
         "",
-        *sorted(notes),
+        *(f"- {who} ({', '.join(of)}): {reason}" for (who, reason), of in notes.items()),
         *_share_of_full(found),
         f"- {shape}; {rate['matmul_size']}^3 matmul {rate['matmul_tflops']:.0f} TFLOP/s, copy "
         f"{rate['copy_terabytes_per_second']:.2f} TB/s."

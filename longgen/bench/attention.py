@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from longgen.attention.testing import ErrorBudget, Inputs
 from longgen.bench.checks import (
@@ -77,10 +79,12 @@ class AttentionBench:
         Raises:
             UsageError: no provider is left, or one broke the GPU for all that follow.
         """
-        if self.settings.device.type != "cuda":
-            return self._run()
-        # Kernels of Triton and CuTe are launched on the current device.
-        with torch.cuda.device(self.settings.device):
+        with ExitStack() as stack:
+            # A graph is kept for many backward passes; compiled ones would reuse its memory.
+            stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
+            if self.settings.device.type == "cuda":
+                # Kernels of Triton and CuTe are launched on the current device.
+                stack.enter_context(torch.cuda.device(self.settings.device))
             return self._run()
 
     def _run(self) -> list[ResultRow]:

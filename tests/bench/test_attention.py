@@ -42,6 +42,18 @@ def test_rows_have_the_shape_of_all_results(settings: Settings) -> None:
     assert bench.timing()["rounds"] == 2
 
 
+def test_compiled_graphs_keep_their_memory(settings: Settings) -> None:
+    """Many backward passes go through each."""
+    donated = []
+
+    def note(work: Work, *qkv: torch.Tensor) -> torch.Tensor:
+        donated.append(torch._functorch.config.donated_buffer)
+        return right(work, *qkv)
+
+    run(settings, provider("good", note))
+    assert donated and not any(donated)
+
+
 def test_a_provider_with_a_wrong_mask_gets_no_time(settings: Settings) -> None:
     bench = run(settings, provider("bad", wrong_mask), provider("good", right))
     bad = [row for row in bench.rows if row["provider"] == "bad"]
