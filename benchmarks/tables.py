@@ -18,7 +18,7 @@ from longgen.bench import summary
 from longgen.bench.plots import cases_of, providers_of
 from longgen.bench.providers import registry
 from longgen.bench.work import DIRECTIONS
-from longgen.evaluate.results import say_bytes, say_tokens
+from longgen.evaluate.results import VARIANTS, say_bytes, say_runtimes, say_tokens
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 
@@ -116,7 +116,9 @@ def costs(name: str) -> list[str]:
     """Return the table of cache bytes held and decode time."""
     results = newest(name)
     lines = grid(results, "kv_bytes", "KV cache held", lambda row: say_bytes(row["value"]), LABELS)
-    return [*lines, "", provenance(results)]
+    rows = [row for row in results["rows"] if row["case"].startswith("kv_bytes.")]
+    runtimes = say_runtimes(rows, VARIANTS)
+    return [*lines, "", " ".join(filter(None, [runtimes, provenance(results)]))]
 
 
 def attention(name: str) -> list[str]:

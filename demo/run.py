@@ -157,8 +157,9 @@ def report(
         figures=figures,
         notes=[
             *chosen.notes,
-            "Prefill and decode times are those of `generate()` in transformers, with a cache that "
-            "grows by copying; they show the direction, not what a serving engine reaches.",
+            "The original model's prefill and decode times are those of transformers, with a cache "
+            "that grows by copying; the hybrid's are those of LongGen's engine. `longgen bench "
+            "inference` compares a hybrid with the same model all full, both in the engine.",
         ],
     )
     return page

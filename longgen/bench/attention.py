@@ -27,13 +27,14 @@ from longgen.bench.checks import (
     gate_length,
     gate_shape,
 )
-from longgen.bench.failures import check_device, clear, reason
+from longgen.bench.failures import check_device, reason
 from longgen.bench.providers import CannotDo, Job, Provider
 from longgen.bench.settings import DTYPES, Settings
 from longgen.bench.timing import Ceiling, Clock, Spread, measure_ceiling
 from longgen.bench.work import Work, attention_flops
 from longgen.errors import UsageError
 from longgen.evaluate.results import say_tokens
+from longgen.memory import clear
 from longgen.pattern import SparsePattern
 
 ResultRow = dict[str, Any]

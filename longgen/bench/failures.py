@@ -1,10 +1,7 @@
-"""What goes wrong while something is measured: a sentence for its row, and a clean device after."""
+"""What goes wrong while something is measured: a sentence for its row, and whether the device is
+well after it."""
 
 from __future__ import annotations
-
-import gc
-
-import torch
 
 from longgen.bench.timing import Clock
 from longgen.errors import UsageError
@@ -18,16 +15,6 @@ def reason(error: Exception, where: str) -> str:
     if is_out_of_memory(error):
         return f"Out of memory {where}."
     return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
-
-
-def clear(device: torch.device) -> None:
-    """Give memory back that nobody uses.
-
-    Call it after an exception's handler: until that ends, the exception's frames hold the tensors.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def check_device(clock: Clock, blame: str, advice: str) -> None:

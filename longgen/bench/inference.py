@@ -14,15 +14,13 @@ from typing import Any
 import torch
 
 from longgen.accounting import decode_bytes, forward_flops, full_plan, kv_bytes
-from longgen.bench.failures import check_device, clear, reason
+from longgen.bench.failures import check_device, reason
 from longgen.bench.inference_settings import MOST, MOST_SEQUENCES, VARIANTS, InferenceSettings
-from longgen.bench.memory import allocated_bytes, free_bytes, peak_bytes, restart_peak
+from longgen.bench.memory import allocated_bytes, peak_bytes, restart_peak
 from longgen.bench.models import parameter_bytes, planned_config, stock_config, variant_of
 from longgen.bench.tasks import (
     Decode,
     EngineDecode,
-    EnginePrefill,
-    Held,
     Prefill,
     StockDecode,
     StockPrefill,
@@ -31,7 +29,9 @@ from longgen.bench.tasks import (
 from longgen.bench.timing import Ceiling, Clock, Spread, measure_ceiling
 from longgen.errors import UsageError
 from longgen.evaluate.cost import WARMUP_STEPS, timed
+from longgen.evaluate.reading import EnginePrefill, Held
 from longgen.evaluate.results import say_bytes, say_tokens
+from longgen.memory import clear, free_bytes
 from longgen.plan import LayerPlan
 
 ResultRow = dict[str, Any]

@@ -1,24 +1,8 @@
-"""How much memory is free and in use where something is measured."""
+"""How much memory tensors take where something is measured."""
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path
-
 import torch
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes of memory that are free: the card's, or the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text("ascii"), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])
 
 
 def allocated_bytes(device: torch.device) -> int | None:

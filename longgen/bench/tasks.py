@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache
 
-from longgen.engine import Engine, RequestOutput, SamplingParams
+from longgen.engine import Engine, SamplingParams
 from longgen.engine.request import State
+from longgen.evaluate.reading import PAGE_SIZE, Held, write_tokens
 from longgen.hf import cache_bytes
 
-PAGE_SIZE = 128
 _NOISE_SIZE = 1 << 24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """Hold the bytes of keys and values.
-
-    Attributes:
-        sequence: of one sequence after its prompt, by the sizes of its storages.
-        each: of one sequence while it decodes.
-        allocated: by a cache for one sequence, before it decodes.
-    """
-
-    sequence: int
-    each: int
-    allocated: int
-
-    @property
-    def spare(self) -> int:
-        """Bytes that are allocated for no sequence in particular."""
-        return max(0, self.allocated - self.each)
 
 
 class Prefill(Protocol):
@@ -56,60 +35,6 @@ class Decode(Protocol):
 
     def write(self) -> None:
         """Write one token for each."""
-
-
-class EnginePrefill:
-    """Read a prompt through `Engine.step`.
-
-    Args:
-        model: the hybrid.
-        prompt: token ids.
-        room: tokens that the sequence may grow by.
-        kv_dtype: of keys and values, as `Engine` takes it.
-    """
-
-    def __init__(
-        self, model: Any, prompt: Sequence[int], room: int, kv_dtype: str | None = None
-    ) -> None:
-        self.prompt = list(prompt)
-        self.engine = Engine(
-            model,
-            max_length=len(self.prompt) + room,
-            max_sequences=1,
-            page_size=PAGE_SIZE,
-            kv_dtype=kv_dtype,
-        )
-        self.chunk = len(self.prompt)
-
-    def prepare(self, chunk: int) -> None:
-        self.engine.cancel("prompt")
-        self.engine.step()  # tells the end of the one that was cancelled
-        self.chunk = chunk
-        scheduler = self.engine.scheduler
-        scheduler.max_batched_tokens = scheduler.prefill_chunk = chunk
-        # Two tokens, so that the first doesn't end it and `held` sees what it holds.
-        params = SamplingParams(max_tokens=2, ignore_eos=True)
-        self.engine.add_request(self.prompt, params, "prompt")
-
-    def read(self) -> None:
-        while True:
-            outputs = self.engine.step()
-            if self.engine.scheduler.prefill_chunk != self.chunk:
-                # It would go on in smaller pieces, and that is not what is measured.
-                raise torch.OutOfMemoryError(f"in pieces of {self.chunk} tokens")
-            if outputs:
-                return check_outputs(outputs, 1)
-
-    def held(self) -> Held:
-        cache = self.engine.cache
-        num_pages = len(self.engine.requests["prompt"].block_table)
-        sequence = 0
-        for layer, kind in enumerate(cache.plan.layers):
-            for store in (cache.keys[layer], cache.values[layer]):
-                each = store.untyped_storage().nbytes() // len(store)
-                sequence += each * (num_pages if kind == "F" else 1)
-        written = cache.bytes_of(cache.max_length) - cache.bytes_of(len(self.prompt))
-        return Held(sequence=sequence, each=sequence + written, allocated=cache.num_bytes)
 
 
 class EngineDecode:
@@ -158,21 +83,7 @@ class EngineDecode:
             scheduler.running.append(request)
 
     def write(self) -> None:
-        outputs = self.engine.step()
-        if any(request.num_preempted for request in self.engine.scheduler.waiting):
-            raise torch.OutOfMemoryError("in a step of one token a sequence")
-        check_outputs(outputs, self.batch)
-
-
-def check_outputs(outputs: Sequence[RequestOutput], number: int) -> None:
-    """See that a step brought a token to each of `number` requests.
-
-    Raises:
-        RuntimeError: with the engine's reason, if it didn't.
-    """
-    error = next((out.error for out in outputs if out.error), None)
-    if error is not None or sum(len(out.token_ids) for out in outputs) != number:
-        raise RuntimeError(error or f"{len(outputs)} of {number} sequences got a token")
+        write_tokens(self.engine, self.batch)
 
 
 class StockPrefill:

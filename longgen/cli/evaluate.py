@@ -191,6 +191,8 @@ def _original_context(model: str, shape: ModelShape) -> int | None:
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     """Print one line for each length, with a column for each figure that was measured."""
+    from longgen.evaluate.results import VARIANTS, say_runtimes
+
     columns = {
         "needle": ("needles found", lambda row: f"{row['value']:.1%} of {row['n']}"),
         "loss": ("loss (nats)", lambda row: f"{row['value']:.3f}"),
@@ -216,6 +218,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
                 cells.append("-" if row["value"] is None else columns[metric][1](row))
         table.add_row(f"{length:,}", *cells)
     stdout_console().print(table)
+    costs = [row for (metric, _), row in found.items() if metric in ("kv_bytes", "prefill")]
+    if runtimes := say_runtimes(costs, VARIANTS):
+        stdout_console().print(runtimes)
 
 
 def _refuse_other_content(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ from longgen.errors import UsageError
 from longgen.shapes import ModelShape
 
 _SAMPLING = "Sampling"
+_SECONDS_BETWEEN_LINES = 5
 
 
 def generate(
@@ -58,6 +60,31 @@ def generate(
             help="Tokens of the prompt to read at a time: fewer take less memory.",
         ),
     ] = "8K",
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stop",
+            metavar="TEXT",
+            help="End before this text, should the model write it; may be given several times.",
+        ),
+    ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-dtype",
+            metavar="NAME",
+            help="fp8 keeps a hybrid's keys and values in 8 bits, half the bytes of bf16, at some "
+            "loss. [default: the model's own format]",
+        ),
+    ] = None,
+    compile_first: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="On a GPU, compile a hybrid and record its steps first: it starts later and "
+            "writes faster, which pays for long texts.",
+        ),
+    ] = False,
     json: JsonOption = False,
     temperature: Annotated[
         float,
@@ -87,6 +114,24 @@ def generate(
             rich_help_panel=_SAMPLING,
         ),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            "--min-p",
+            min=0.0,
+            max=1.0,
+            help="Draw from tokens at least this fraction as likely as the likeliest.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            "--repetition-penalty",
+            help="Above 1, makes tokens less likely that the prompt or the text has already.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 1.0,
     seed: Annotated[
         int,
         typer.Option(
@@ -102,14 +147,17 @@ def generate(
 ) -> None:
     """Continue a prompt with the model in DIR, printing text as it is written.
 
-    Afterwards, on standard error: how many bytes of keys and values are held, what full attention
-    would hold, and how fast it went.
+    Hybrids run in LongGen's engine, other models in transformers. Afterwards, on standard error:
+    how many bytes of keys and values are held, what full attention would hold, and how fast it
+    went.
     """
     shape = checkpoint_shape(model)
     text = _prompt(prompt, prompt_file)
     chunk = parse_tokens(prefill_chunk)
     check_dtype(dtype)
-    given = [name for name, value in (("--top-p", top_p), ("--top-k", top_k)) if value is not None]
+    _check_kv_dtype(kv_dtype, shape)
+    filters = {"--top-p": top_p, "--top-k": top_k, "--min-p": min_p}
+    given = [name for name, value in filters.items() if value is not None]
     if given and not temperature:
         raise UsageError(
             f"{' and '.join(given)} changes nothing at --temperature 0, which always takes the "
@@ -129,18 +177,30 @@ def generate(
     if room < max_new_tokens:
         say(f"the context of {shape.max_position_embeddings:,} tokens leaves room for {room:,}")
 
-    from longgen.generate import Sampling, generate_text
+    from longgen.engine import SamplingParams
+    from longgen.generate import generate_text
 
+    params = SamplingParams(
+        max_tokens=min(max_new_tokens, room),
+        temperature=temperature,
+        top_p=1.0 if top_p is None else top_p,
+        top_k=top_k or 0,
+        min_p=min_p or 0.0,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
     loaded = open_model(model, place, dtype)
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     figures = generate_text(
         loaded,
         tokenizer,
         ids,
-        max_new_tokens=min(max_new_tokens, room),
-        sampling=sampling,
+        params,
         prefill_chunk=chunk,
+        kv_dtype=kv_dtype,
+        is_compiled=compile_first,
         write=None if json else _write,
+        on_read=_reading(len(ids), say),
     )
     figures["kv_bytes_full"] = _full_bytes(loaded, shape, figures["cached_tokens"])
     if json:
@@ -148,6 +208,31 @@ def generate(
         return
     _write("\n")
     _report(figures, say)
+
+
+def _check_kv_dtype(name: str | None, shape: ModelShape) -> None:
+    if name not in (None, "fp8"):
+        raise UsageError(
+            f"The --kv-dtype {name!r} is not known; give fp8, or leave it out for the model's own."
+        )
+    if name is not None and not shape.is_hybrid:
+        raise UsageError(
+            f"--kv-dtype {name} is for hybrids, and the model isn't one. Leave it out, or convert "
+            "the model with `longgen convert`."
+        )
+
+
+def _reading(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
+    """Return what says now and then how much of a long prompt is read."""
+    last = time.monotonic()
+
+    def on_read(count: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
+            say(f"{count:,} of {total:,} tokens read")
+            last = time.monotonic()
+
+    return on_read
 
 
 def _prompt(text: str | None, file: str | None) -> str:

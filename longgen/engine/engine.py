@@ -34,6 +34,7 @@ class Engine:
         model: a LongGen causal language model, on its device.
         tokenizer: its tokenizer; None where prompts and results are token ids.
         max_length: the longest sequence, prompt and output; None takes the model's context.
+        beyond_context: let `max_length` exceed that, to measure what the model does there.
         max_sequences: sequences that run at once.
         num_pages: pages of a full layer's cache; None has room for `max_sequences` of the longest.
         page_size: tokens a page.
@@ -55,6 +56,7 @@ class Engine:
         tokenizer: Any = None,
         *,
         max_length: int | None = None,
+        beyond_context: bool = False,
         max_sequences: int = 8,
         num_pages: int | None = None,
         page_size: int = 128,
@@ -83,7 +85,7 @@ class Engine:
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; give a whole number of at least 1.")
         context = config.max_position_embeddings
-        if max_length is not None and max_length > context:
+        if max_length is not None and max_length > context and not beyond_context:
             raise UsageError(
                 f"max_length is {max_length} tokens, the model was made for {context}. Give at "
                 "most that, or extend the model."

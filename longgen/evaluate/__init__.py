@@ -1,12 +1,12 @@
 """Measure a model (needle grid, loss by position, cost of a context), and save, draw, report it."""
 
+from longgen.evaluate.asking import run_needle
 from longgen.evaluate.cost import Cost, measure_cost
 from longgen.evaluate.needle import (
     NeedleCell,
     NeedleExample,
     NeedleResult,
     NeedleTask,
-    run_needle,
 )
 from longgen.evaluate.plots import plot_decode_time, plot_kv_bytes, plot_loss, plot_needle
 from longgen.evaluate.positions import PositionLoss, loss_by_position

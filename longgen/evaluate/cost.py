@@ -1,19 +1,19 @@
 """What a context costs: bytes of cache held, time to read a prompt, time per generated token."""
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeVar
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from longgen.errors import UsageError
-from longgen.evaluate.needle import evaluating
-from longgen.hf import cache_bytes
+from longgen.evaluate.asking import evaluating
+from longgen.evaluate.reading import EnginePrefill, TransformersPrefill
+from longgen.memory import clear
+from longgen.runtime import ENGINE, TRANSFORMERS, runtime_of
 
 WARMUP_STEPS = 3
 
@@ -27,7 +27,9 @@ class Cost:
     Attributes:
         length: tokens in the prompt.
         prefill_chunk: tokens per forward pass of the prefill.
-        kv_bytes: bytes of keys and values held right after the prefill.
+        runtime: what ran the model, `longgen.runtime`'s name of it.
+        kv_bytes: bytes of keys and values held right after the prefill; by the engine, in the
+            sequence's pages and its slot.
         prefill_seconds: one figure per repeat.
         decode_ms: milliseconds per token, one figure per step.
         error: a sentence, where the length was not measured.
@@ -35,6 +37,7 @@ class Cost:
 
     length: int
     prefill_chunk: int
+    runtime: str = TRANSFORMERS
     kv_bytes: int | None = None
     prefill_seconds: tuple[float, ...] = ()
     decode_ms: tuple[float, ...] = ()
@@ -51,7 +54,7 @@ class Cost:
 
     def _row(self, case: str, unit: str, figures: Sequence[float]) -> dict[str, object]:
         row: dict[str, object] = {"case": case, "length": self.length, "unit": unit, "batch": 1}
-        row |= {"prefill_chunk": self.prefill_chunk, "n": len(figures)}
+        row |= {"prefill_chunk": self.prefill_chunk, "runtime": self.runtime, "n": len(figures)}
         if self.error is not None:
             return row | {"value": None, "error": self.error}
         return row | {"value": statistics.median(figures), "spread": [min(figures), max(figures)]}
@@ -70,13 +73,14 @@ def measure_cost(
 ) -> list[Cost]:
     """Measure cache, prefill and decode at batch 1 with random tokens, shortest length first.
 
-    Every figure is a whole forward pass as a user would call it. Times come from CUDA events on a
-    GPU and from the monotonic clock elsewhere. A length that runs out of memory is recorded with
-    its error, and so is every greater one, without being tried.
+    Hybrids are measured in the engine, where a token is one whole step, scheduling and choosing the
+    likeliest token included; other models in transformers, where it is a forward pass. Times come
+    from CUDA events on a GPU and from the monotonic clock elsewhere. A length that runs out of
+    memory is recorded with its error, and so is every greater one, without being tried.
 
     Args:
         model: a causal language model, on its device and in its dtype.
-        lengths: prompt lengths in tokens.
+        lengths: prompt lengths in tokens; they may go beyond the model's context.
         decode_steps: timed tokens after the prompt; a few untimed ones go before them.
         repeats: timed prefills.
         warmup: untimed prefills before them, at every length, since kernels are compiled and tuned
@@ -93,10 +97,11 @@ def measure_cost(
     for name, count in counts.items():
         if count < 1:
             raise UsageError(f"Measuring cost needs {name} of at least 1, not {count}.")
+    runtime = runtime_of(model)
     costs: list[Cost] = []
     too_long: int | None = None
     for number, length in enumerate(sorted(lengths), start=1):
-        cost = Cost(length=length, prefill_chunk=prefill_chunk)
+        cost = Cost(length=length, prefill_chunk=prefill_chunk, runtime=runtime)
         if too_long is not None:
             reason = f"Skipped: {too_long:,} tokens did not fit, so greater lengths were not tried."
             cost = replace(cost, error=reason)
@@ -109,12 +114,7 @@ def measure_cost(
                     raise
                 too_long = length
                 cost = replace(cost, error=f"Out of memory at {length:,} tokens on {model.device}.")
-            if (
-                too_long is not None
-            ):  # after the handler: until it ends, the exception's frames hold the tensors
-                gc.collect()
-                if model.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            clear(model.device)
         costs.append(cost)
         if progress:
             progress(number, len(lengths))
@@ -125,40 +125,28 @@ def _measure(
     model: PreTrainedModel, cost: Cost, decode_steps: int, repeats: int, warmup: int, seed: int
 ) -> Cost:
     generator = torch.Generator().manual_seed(seed)
-    total = cost.length + WARMUP_STEPS + decode_steps
-    tokens = torch.randint(model.config.vocab_size, (1, total), generator=generator).to(
-        model.device
-    )
-    prompt, new = tokens[:, : cost.length], tokens[:, cost.length :]
+    num_new = WARMUP_STEPS + decode_steps
+    size = (cost.length + num_new,)
+    tokens = torch.randint(model.config.vocab_size, size, generator=generator).tolist()
+    prompt, new = tokens[: cost.length], tokens[cost.length :]
+    task: EnginePrefill | TransformersPrefill
+    if cost.runtime == ENGINE:
+        # One token more: the engine writes the first when it has read the prompt.
+        task = EnginePrefill(model, prompt, num_new + 1)
+    else:
+        task = TransformersPrefill(model, prompt, new)
     prefill: list[float] = []
     for _ in range(warmup + repeats):
-        cache: Cache | None = None  # let go of the last one before the next is filled
-        cache, seconds = timed(model.device, partial(_prefill, model, prompt, cost.prefill_chunk))
-        prefill.append(seconds)
-    held = cache_bytes(cache)
-    steps = [
-        timed(model.device, partial(_forward, model, t, cache))[1] for t in new.split(1, dim=1)
-    ]
+        task.prepare(cost.prefill_chunk)
+        prefill.append(timed(model.device, task.read)[1])
+    held = task.held().sequence
+    steps = [timed(model.device, task.write)[1] for _ in range(num_new)]
     return replace(
         cost,
         kv_bytes=held,
         prefill_seconds=tuple(prefill[warmup:]),
         decode_ms=tuple(1000 * seconds for seconds in steps[WARMUP_STEPS:]),
     )
-
-
-def _forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None) -> Cache:
-    return model(
-        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-    ).past_key_values
-
-
-def _prefill(model: PreTrainedModel, prompt: torch.Tensor, chunk: int) -> Cache:
-    cache = None
-    for ids in prompt.split(chunk, dim=1):
-        cache = _forward(model, ids, cache)
-    assert cache is not None
-    return cache
 
 
 def timed(device: torch.device, work: Callable[[], Result]) -> tuple[Result, float]:

@@ -7,16 +7,16 @@ same ones and a cell gives the same answer whichever other cells run.
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from longgen.errors import UsageError
 from longgen.evaluate.results import Rows, wilson_interval
+from longgen.runtime import TRANSFORMERS
 
 MIN_DEPTHS = 10
 CITIES = (
@@ -233,11 +233,13 @@ class NeedleResult:
         task: what was asked.
         cells: one outcome per length and depth.
         haystack_size: tokens of held-out text.
+        runtime: what ran the model, `longgen.runtime`'s name of it.
     """
 
     task: NeedleTask
     cells: tuple[NeedleCell, ...]
     haystack_size: int
+    runtime: str = TRANSFORMERS
 
     @property
     def accuracy(self) -> dict[tuple[int, float], float]:
@@ -273,107 +275,12 @@ class NeedleResult:
                     "hits": [[int(hit) for hit in cell.hits] for cell in cells],
                     "samples": self.task.samples,
                     "seed": self.task.seed,
+                    "runtime": self.runtime,
                     "wrap_haystack": self.task.wrap_haystack,
                     "haystack_repeated": self.haystack_size < score.length,
                 }
             )
         return rows
-
-
-def run_needle(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    haystack_tokens: Tokens,
-    task: NeedleTask,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-    batch_size: int = 1,
-    finished: Sequence[NeedleCell] = (),
-    on_cell: Callable[[NeedleCell], None] | None = None,
-) -> NeedleResult:
-    """Run the grid on a model, shortest length first.
-
-    Args:
-        model: a causal language model, on its device and in its dtype.
-        tokenizer: the tokenizer the model was trained with.
-        haystack_tokens: held-out text as token ids, shape (tokens,).
-        task: the grid.
-        progress: called with (cells done, cells in the grid) after every cell.
-        batch_size: examples per forward pass.
-        finished: cells of an earlier, interrupted run, taken over as they are (see
-            `NeedleTask.finished_cells`).
-        on_cell: called with every cell that was run, so that the caller can save it.
-
-    Raises:
-        UsageError: before anything runs, if the held-out text is too short for one of the lengths;
-            later, if the device runs out of memory.
-    """
-    haystack = np.asarray(haystack_tokens)
-    for length in task.lengths:
-        task.check_haystack(len(haystack), length)
-    if batch_size < 1:
-        raise UsageError(f"The batch size must be at least 1, not {batch_size}.")
-    known = {(cell.length, cell.depth): cell for cell in finished}
-    grid = [(length, depth) for length in sorted(task.lengths) for depth in task.depths]
-    cells = []
-    for number, (length, depth) in enumerate(grid, start=1):
-        cell = known.get((length, depth))
-        if cell is None:
-            samples = range(task.samples)
-            examples = [task.build(tokenizer, haystack, length, depth, s) for s in samples]
-            batches = [examples[i : i + batch_size] for i in samples[::batch_size]]
-            hits = [hit for batch in batches for hit in score_examples(model, batch)]
-            cell = NeedleCell(length, depth, tuple(hits))
-            if on_cell:
-                on_cell(cell)
-        cells.append(cell)
-        if progress:
-            progress(number, len(grid))
-    return NeedleResult(task, tuple(cells), len(haystack))
-
-
-def score_examples(model: PreTrainedModel, examples: Sequence[NeedleExample]) -> list[bool]:
-    """Say for each example whether the model answers with exactly the expected tokens.
-
-    One forward pass over prompt and answer decides it. If the most likely token at every answer
-    position, given the true answer so far, is the answer's token, then greedy decoding writes those
-    same tokens one after the other; if greedy decoding writes them, each was the most likely one
-    given the true answer so far. So this equals comparing the tokens of
-    `generate(do_sample=False)`, up to rounding between a cached and an uncached forward, at a
-    fraction of the cost. A model that writes the digits with other tokens than its tokenizer would
-    counts as wrong.
-
-    Args:
-        model: a causal language model.
-        examples: examples of one length; their answers may differ in tokens.
-    """
-    ids = torch.tensor([example.input_ids for example in examples], device=model.device)
-    keep = max(example.answer_size for example in examples) + 1
-    try:
-        with evaluating(model):
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
-            guesses = logits[:, :-1].argmax(-1).cpu()  # (B, keep - 1), ending with the answers
-    except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"{model.device} ran out of memory on a needle test of {len(examples)} x"
-            f" {ids.shape[1]:,} tokens; use a smaller batch, shorter lengths or a larger device."
-        ) from error
-    return [
-        tuple(guess[-example.answer_size :].tolist()) == example.answer_ids
-        for guess, example in zip(guesses, examples, strict=True)
-    ]
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Run a block with the model in eval mode and without autograd, then put its mode back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -21,6 +21,7 @@ from longgen.evaluate.results import (
     Rows,
     byte_unit,
     say_bytes,
+    say_runtimes,
     say_tokens,
     select,
 )
@@ -257,12 +258,14 @@ def _plot_by_length(
     axes.set_title(title, fontsize=11)
     _finish(axes, found)
     write_ends(axes, ends)
-    failed = []
+    notes = []
     for name, group in select(rows, metric).items():
         gaps = ", ".join(say_tokens(row["length"]) for row in group if row["value"] is None)
-        failed += [f"{_label(name, labels)} not measured at {gaps}"] * bool(gaps)
-    if failed:
-        figure.supxlabel("; ".join(failed), fontsize=9, color=GREY)
+        notes += [f"{_label(name, labels)} not measured at {gaps}"] * bool(gaps)
+    shown = [row for group in found.values() for row in group]
+    lines = ["; ".join(notes), say_runtimes(shown, {**VARIANTS, **(labels or {})})]
+    if any(lines):
+        figure.supxlabel("\n".join(filter(None, lines)), fontsize=9, color=GREY)
     return _save(figure, path)
 
 

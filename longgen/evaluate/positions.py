@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from longgen.errors import UsageError
-from longgen.evaluate.needle import Tokens, evaluating
+from longgen.evaluate.asking import evaluating
+from longgen.evaluate.needle import Tokens
 
 # Logits alive at once: 128 MiB in float32, whatever the vocabulary.
 LOGITS_PER_CHUNK = 2**25

@@ -14,6 +14,7 @@ from longgen.evaluate.results import (
     Row,
     Rows,
     say_bytes,
+    say_runtimes,
     say_tokens,
     select,
     write_atomically,
@@ -171,6 +172,7 @@ def comparison_table(
     found = {metric: select(rows, metric) for metric in metrics}
     names = {name for groups in found.values() for name in groups}
     order = [name for name in VARIANTS if name in names] + sorted(names - VARIANTS.keys())
+    shown = {**VARIANTS, **(labels or {})}
     lines: list[list[Cell]] = []
     for metric, groups in found.items():
         for length in sorted({row["length"] for group in groups.values() for row in group}):
@@ -181,12 +183,16 @@ def comparison_table(
             if metric == "needle":
                 label += f", n = {' or '.join(sorted({str(row['n']) for row in same.values()}))}"
             lines.append([label, *(_say(metric, same.get(name)) for name in order)])
-    shown = {**VARIANTS, **(labels or {})}
-    caption = (
-        "Needle: share of answers exact in all six digits (Wilson 95 % interval), n questions."
-    )
+    needle = "Needle: share of answers exact in all six digits (Wilson 95 % interval), n questions."
+    costs = [
+        row
+        for metric in ("kv_bytes", "prefill", "decode")
+        for group in found.get(metric, {}).values()
+        for row in group
+    ]
+    caption = [needle] * bool(found.get("needle")) + [say_runtimes(costs, shown)]
     header = ["", *(shown.get(name, name) for name in order)]
-    return Table(header, lines, caption if found.get("needle") else "")
+    return Table(header, lines, " ".join(filter(None, caption)))
 
 
 def _say(metric: str, row: Row | None) -> str:

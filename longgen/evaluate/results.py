@@ -187,6 +187,22 @@ def select(rows: Rows, metric: str) -> dict[str, list[Row]]:
     }
 
 
+def say_runtimes(rows: Rows, labels: Mapping[str, str]) -> str:
+    """Say in a sentence what ran the models whose costs were measured; "" where no row knows.
+
+    Args:
+        rows: results rows of `kv_bytes`, `prefill` or `decode`.
+        labels: words for the models.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if "runtime" in row:
+            name = variant(row)
+            found.setdefault(row["runtime"], {})[labels.get(name, name)] = None
+    said = "; ".join(f"{', '.join(names)} by {runtime}" for runtime, names in found.items())
+    return f"Cache and times: {said}." if said else ""
+
+
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """Give the Wilson score interval at 95 % for a share of `successes` out of `n`.
 

@@ -15,13 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longgen.data.sources import read_documents
 from longgen.errors import UsageError
+from longgen.evaluate.asking import run_needle
 from longgen.evaluate.cost import Cost, measure_cost
-from longgen.evaluate.needle import NeedleCell, NeedleResult, NeedleTask, Tokens, run_needle
+from longgen.evaluate.needle import NeedleCell, NeedleResult, NeedleTask, Tokens
 from longgen.evaluate.plots import plot_decode_time, plot_kv_bytes, plot_loss, plot_needle
 from longgen.evaluate.positions import loss_by_position
 from longgen.evaluate.results import say_bytes, say_tokens
 from longgen.evaluate.saved import Rows, SavedResults
 from longgen.hf import is_hybrid
+from longgen.runtime import ENGINE, runtime_of
 
 METRICS = ("needle", "loss", "cost")
 # Windows of the longest length that given text is read for; more would only take time.
@@ -59,7 +61,7 @@ def evaluate_model(
     """Measure a model and write `needle.json`, `loss.json`, `cost.json` and their pictures.
 
     Figures of other lengths in the same files stay there if model, text and settings are the same;
-    otherwise the files are begun anew. An interrupt loses at most the cell that was being measured.
+    otherwise the files are begun anew. An interrupt loses at most the cells being measured.
 
     Args:
         model: a hybrid or plain causal language model, on its device and in its dtype. Lengths may
@@ -220,6 +222,7 @@ def _needle(
         "samples": task.samples,
         "seed": task.seed,
         "repeat_text": task.wrap_haystack,
+        **_runtime(model),
     }
     found = saved.read("needle", settings)
     others = [row for row in found if row["length"] not in task.lengths]
@@ -231,7 +234,7 @@ def _needle(
     def save(cell: NeedleCell) -> None:
         nonlocal last
         cells.append(cell)
-        result = NeedleResult(task, tuple(cells), len(text))
+        result = NeedleResult(task, tuple(cells), len(text), runtime_of(model))
         saved.write("needle", settings, others + result.rows(saved.variant))
         here = [one for one in cells if one.length == cell.length]
         if len(here) == task.num_depths:
@@ -280,6 +283,7 @@ def _cost(model: PreTrainedModel, lengths: Sequence[int], saved: SavedResults) -
         "repeats": REPEATS,
         "prefill_chunk": PREFILL_CHUNK,
         "seed": saved.seed,
+        **_runtime(model),
     }
     rows = saved.read("cost", settings)
     too_long: int | None = None
@@ -297,7 +301,8 @@ def _cost(model: PreTrainedModel, lengths: Sequence[int], saved: SavedResults) -
             )
         else:
             reason = f"Not tried: {too_long:,} tokens did not fit already."
-            cost = Cost(length=length, prefill_chunk=PREFILL_CHUNK, error=reason)
+            runtime = runtime_of(model)
+            cost = Cost(length=length, prefill_chunk=PREFILL_CHUNK, runtime=runtime, error=reason)
         rows += cost.rows(saved.variant)
         saved.write("cost", settings, rows)
         if cost.error is not None or cost.kv_bytes is None:
@@ -307,8 +312,17 @@ def _cost(model: PreTrainedModel, lengths: Sequence[int], saved: SavedResults) -
             saved.say(
                 f"cost at {say_tokens(length)}: {say_bytes(cost.kv_bytes)} of keys and values, "
                 f"prefill {statistics.median(cost.prefill_seconds):.2f} s, "
-                f"{statistics.median(cost.decode_ms):.1f} ms a token"
+                f"{statistics.median(cost.decode_ms):.1f} ms a token ({cost.runtime})"
             )
+
+
+def _runtime(model: PreTrainedModel) -> dict[str, str]:
+    """Return the setting that keeps a hybrid's figures apart from those of transformers.
+
+    Files from before there was a choice have no such setting: transformers made them.
+    """
+    runtime = runtime_of(model)
+    return {"runtime": runtime} if runtime == ENGINE else {}
 
 
 def _draw(

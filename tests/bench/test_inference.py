@@ -24,6 +24,7 @@ from longgen.bench.models import random_model, shape_config
 from longgen.bench.timing import Budget
 from longgen.engine import engine as engine_module
 from longgen.errors import UsageError
+from longgen.evaluate.reading import EnginePrefill
 from longgen.plan import LayerPlan
 
 CPU = torch.device("cpu")
@@ -326,7 +327,7 @@ def test_what_is_timed_reads_the_whole_prompt(settings: InferenceSettings, chunk
     prompt = tasks.random_tokens(stock, 256, 0)
     with torch.no_grad():
         expected = int(stock(torch.tensor([prompt])).logits[0, -1].argmax())
-    task = tasks.EnginePrefill(bench._models["full"], prompt, 8)
+    task = EnginePrefill(bench._models["full"], prompt, 8)
     for _ in range(2):
         task.prepare(chunk)
         task.read()

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from longgen.checkpoint import load_model
-from longgen.evaluate import needle as needle_module
+from longgen.evaluate import asking
+from longgen.evaluate.needle import NeedleTask
 from longgen.evaluate.results import read_results
 
 # The tiny tokenizer writes needle and question with about 170 tokens.
@@ -32,7 +33,8 @@ def test_it_writes_files_and_pictures_and_prints_a_table(
 ) -> None:
     result = run(*arguments)
     assert result.code == 0
-    header, *lines, last = result.out.splitlines()
+    header, *lines, runtimes, last = result.out.splitlines()
+    assert runtimes == "Cache and times: hybrid by longgen.engine."
     words = "tokens needles found loss (nats) keys and values prefill a token"
     assert " ".join(header.split()) == words
     assert [line.split()[0] for line in lines] == ["192", "256"]
@@ -51,6 +53,9 @@ def test_it_writes_files_and_pictures_and_prints_a_table(
     found = {(row["case"], row["length"]) for row in rows(folder, "needle")}
     assert found == {("needle.hybrid", 192), ("needle.hybrid", 256)}
     assert [row["n"] for row in rows(folder, "needle")] == [10, 10]
+    assert {row["runtime"] for m in ("needle", "cost") for row in rows(folder, m)} == {
+        "longgen.engine"
+    }
     [loss] = rows(folder, "loss")
     assert (loss["case"], loss["length"]) == ("loss.hybrid", 256)
     assert {row["case"] for row in rows(folder, "cost")} == {
@@ -70,28 +75,33 @@ def test_what_was_measured_is_taken_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     only = (*arguments, "--only", "needle", "--json")
-    score, cells = needle_module.score_examples, 0
+    build, num_built, stop_at = NeedleTask.build, 0, 13
 
     def interrupted(*args: Any) -> Any:
-        nonlocal cells
-        cells += 1
-        if cells == 14:
+        nonlocal num_built
+        num_built += 1
+        file = tmp_path / "results" / "needle.json"
+        saved = rows(file.parent, "needle") if file.exists() else []
+        if sum(len(row["depths"]) for row in saved) == stop_at:
             raise KeyboardInterrupt
-        return score(*args)
+        return build(*args)
 
-    monkeypatch.setattr(needle_module, "score_examples", interrupted)
+    monkeypatch.setattr(NeedleTask, "build", interrupted)
+    # One question at a time: the next is built when the last is answered.
+    monkeypatch.setattr(asking, "free_bytes", lambda device: 0)
     stopped = run(*only)
     assert (stopped.code, stopped.out) == (130, "")
     assert "the same command goes on from here" in stopped.err
     saved = rows(tmp_path / "results", "needle")
     assert [len(row["depths"]) for row in saved] == [10, 3]
 
+    stop_at = 0
     finished = run(*only)
     assert "needle: 13 cells were measured before" in finished.err
-    # Fourteen calls before, the last of them cut short, and seven cells that were missing.
-    assert cells == 14 + 7
+    # Fourteen questions before, the last of them cut short, and seven that were missing.
+    assert num_built == 14 + 7
     again = run(*only)
-    assert cells == 21
+    assert num_built == 21
     assert again.json["rows"] == finished.json["rows"] == rows(tmp_path / "results", "needle")
     assert finished.json["rows"][0]["hits"] == saved[0]["hits"]
 
@@ -116,9 +126,26 @@ def test_a_plain_model_is_measured_beyond_its_context(
         "decode.original",
     }
     assert {row["length"] for row in result.json["rows"]} == {192, 256}
+    assert {row["runtime"] for row in rows(out, "cost")} == {"transformers"}
     assert not (out / "needle.json").exists()
     # Nothing of transformers comes between the lines of progress.
     assert all(line.startswith(("loss over", "cost at")) for line in result.err.splitlines())
+
+
+def test_figures_of_a_hybrid_from_before_the_engine_are_replaced(
+    run: Callable[..., Any], arguments: tuple[object, ...], tmp_path: Path
+) -> None:
+    only = (*arguments, "--only", "cost", "--json")
+    run(*only)
+    file = tmp_path / "results" / "cost.json"
+    old = json.loads(file.read_text())
+    assert old["identity"].pop("runtime") == "longgen.engine"
+    for row in old["rows"]:
+        del row["runtime"]
+    file.write_text(json.dumps(old))
+    result = run(*only)
+    assert "of another model, text or setting and will be replaced" in result.err
+    assert {row["runtime"] for row in rows(file.parent, "cost")} == {"longgen.engine"}
 
 
 def test_the_runs_own_heldout_text_and_the_folder_beside_it_are_the_default(

@@ -56,10 +56,15 @@ def test_it_continues_and_counts(run: Callable[..., Any], folder: Path, chunk: o
     full = kv_bytes(shape, full_plan(shape), cached, bytes_per_element=4)
     assert figures["kv_bytes_full"] == full
     if shape.plan is None:
+        assert figures["runtime"] == "transformers"
         assert figures["kv_bytes"] == full
     else:
+        assert figures["runtime"] == "longgen.engine"
         held = kv_bytes(shape, shape.plan, cached, bytes_per_element=4)
-        assert figures["kv_bytes"] == held < full / 2
+        # At most a page more than the tokens take, in the one full layer.
+        page = 128 * 2 * shape.num_key_value_heads * shape.head_dim * 4
+        assert held <= figures["kv_bytes"] < held + page
+        assert figures["kv_bytes"] < full
     assert figures["prefill_seconds"] > 0
 
 
@@ -69,6 +74,7 @@ def test_text_goes_to_stdout_and_figures_to_stderr(
     result = run("generate", tiny_hybrid, "--prompt", PROMPT, "--max-new-tokens", 40)
     assert result.code == 0
     assert result.out == expected(tiny_hybrid, PROMPT, 40) + "\n"
+    assert "of 303 tokens read" not in result.err  # it took no time worth a line
     for words in ("tokens read in", "written", "tok/s", "keys and values held", "full attention"):
         assert words in result.err
 
@@ -86,15 +92,56 @@ def test_a_prompt_file_and_stdin_do_as_well(
     assert from_file["text"] == expected(tiny_hybrid, PROMPT + "\u00e9\n", 5)
 
 
-def test_sampling_follows_the_seed_and_not_the_models_own_settings(
-    run: Callable[..., Any], tiny_hybrid: Path, tmp_path: Path
+def test_a_long_reading_says_how_far_it_is(
+    run: Callable[..., Any], tiny_hybrid: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(shutil.copytree(tiny_hybrid, tmp_path / "copy"))
+    monkeypatch.setattr("longgen.cli.generate._SECONDS_BETWEEN_LINES", 0)
+    arguments = ("--prompt", "x" * 300, "--max-new-tokens", 2, "--prefill-chunk", 128)
+    result = run("generate", tiny_hybrid, *arguments)
+    assert [line for line in result.err.splitlines() if line.endswith("of 300 tokens read")] == [
+        "128 of 300 tokens read",
+        "256 of 300 tokens read",
+    ]
+
+
+def test_a_stop_string_ends_the_text(run: Callable[..., Any], folder: Path) -> None:
+    arguments = ("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 30)
+    whole = expected(folder, PROMPT, 30)
+    stop = whole[4:6]
+    stopped = run(*arguments, "--stop", "never written", "--stop", stop)
+    assert stopped.out == whole[: whole.index(stop)] + "\n"
+    figures = run(*arguments, "--stop", stop, "--json").json
+    assert figures["text"] == whole[: whole.index(stop)] and figures["finish_reason"] == "stop"
+    assert figures["new_tokens"] < 30
+
+
+def test_keys_and_values_in_fp8_take_a_quarter_of_fp32(
+    run: Callable[..., Any], tiny_hybrid: Path
+) -> None:
+    arguments = ("generate", tiny_hybrid, "--prompt", PROMPT, "--max-new-tokens", 1, "--json")
+    plain, small = run(*arguments).json, run(*arguments, "--kv-dtype", "fp8").json
+    assert 4 * small["kv_bytes"] == plain["kv_bytes"]
+    assert small["kv_bytes_full"] == plain["kv_bytes_full"]
+
+
+def test_a_repeated_token_is_penalised(run: Callable[..., Any], folder: Path) -> None:
+    arguments = ("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 20, "--json")
+    seen = set(PROMPT)
+    text = run(*arguments, "--repetition-penalty", 1000).json["text"]
+    assert text != expected(folder, PROMPT, 20)
+    assert not seen & set(text.replace("\ufffd", ""))
+
+
+def test_sampling_follows_the_seed_and_not_the_models_own_settings(
+    run: Callable[..., Any], folder: Path, tmp_path: Path
+) -> None:
+    original, folder = folder, Path(shutil.copytree(folder, tmp_path / "copy"))
     own = json.loads((folder / "generation_config.json").read_text())
     own |= {"do_sample": True, "temperature": 5.0, "top_k": 2}
     (folder / "generation_config.json").write_text(json.dumps(own))
     arguments = ("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 12, "--json")
-    assert run(*arguments).json["text"] == expected(tiny_hybrid, PROMPT, 12)
+    greedy = expected(original, PROMPT, 12)
+    assert run(*arguments).json["text"] == greedy
 
     def drawn(*more: object) -> str:
         return run(*arguments, "--temperature", 3, *more).json["text"]
@@ -102,8 +149,9 @@ def test_sampling_follows_the_seed_and_not_the_models_own_settings(
     texts = {seed: drawn("--seed", seed) for seed in (0, 1, 2)}
     assert drawn("--seed", 1) == texts[1]
     assert len(set(texts.values())) > 1
-    assert drawn("--top-k", 1) == expected(tiny_hybrid, PROMPT, 12)
-    assert drawn("--top-p", 0.0001) == expected(tiny_hybrid, PROMPT, 12)
+    assert drawn("--top-k", 1) == greedy
+    assert drawn("--top-p", 0.0001) == greedy
+    assert drawn("--min-p", 1) == greedy
 
 
 def test_chat_puts_the_prompt_into_the_tokenizers_format(
@@ -143,6 +191,11 @@ def test_bad_input_is_refused_in_one_sentence(
         (["--prompt-file", tmp_path], "cannot be read"),
         (["--prompt-file", tmp_path / "latin.txt"], "not UTF-8 text (byte 3 is 0xe9)"),
         (["--prompt", "a", "--top-k", 3], "--top-k changes nothing at --temperature 0"),
+        (["--prompt", "a", "--min-p", 0.1], "--min-p changes nothing at --temperature 0"),
+        (["--prompt", "a", "--temperature", 1, "--top-p", 0], "top_p is 0.0; give a number above"),
+        (["--prompt", "a", "--repetition-penalty", 0], "repetition_penalty is 0.0; give a finite"),
+        (["--prompt", "a", "--stop", ""], "texts of at least one character"),
+        (["--prompt", "a", "--kv-dtype", "int2"], "'int2' is not known; give fp8"),
         (["--prompt", "a", "--prefill-chunk", "x"], "'x'"),
         (["--prompt", "a", "--dtype", "int3"], "'int3' is not known; give bf16"),
         (["--prompt", "a", "--device", "abacus"], "'abacus' is not known"),
@@ -150,6 +203,13 @@ def test_bad_input_is_refused_in_one_sentence(
     ):
         assert words in refused("generate", tiny_hybrid, *arguments)
     assert "no checkpoint" in refused("generate", tmp_path, "--prompt", "a")
+
+
+def test_fp8_is_refused_for_a_plain_model(
+    refused: Callable[..., str], tiny_checkpoint: Path
+) -> None:
+    words = refused("generate", tiny_checkpoint, "--prompt", "a", "--kv-dtype", "fp8")
+    assert "--kv-dtype fp8 is for hybrids" in words
 
 
 def test_a_hybrid_whose_config_asks_for_other_attention_is_refused(

@@ -13,7 +13,11 @@ from tokenizers import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from longgen.convert import hybrid_config
 from longgen.evaluate.needle import ANSWER, CITIES, NEEDLE, QUESTION
+from longgen.hf import LongGenLlamaForCausalLM
+from longgen.pattern import SparsePattern
+from longgen.plan import LayerPlan
 
 MARK = "\u2581"  # what SentencePiece writes for a space
 TEXT = [
@@ -97,19 +101,30 @@ def tokenizer(tokenizers: dict[str, PreTrainedTokenizerFast]) -> PreTrainedToken
     return tokenizers["split-digits"]
 
 
+FIELDS = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.4,  # large enough for confident, position-dependent predictions
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+
+
 @pytest.fixture(scope="session")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=600,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.4,  # large enough for confident, position-dependent predictions
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**FIELDS)).eval()
+
+
+@pytest.fixture(scope="session")
+def hybrid() -> LongGenLlamaForCausalLM:
+    """Return a hybrid of one sparse and one full layer, with a context of 192 tokens."""
+    torch.manual_seed(0)
+    plan = LayerPlan("SF", SparsePattern(block_size=16, sink_blocks=1, local_blocks=2))
+    config = hybrid_config(LlamaConfig(**{**FIELDS, "max_position_embeddings": 192}), plan)
+    return LongGenLlamaForCausalLM(config).eval()

@@ -1,10 +1,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from longgen.engine import engine as engine_module
 from longgen.errors import UsageError
 from longgen.evaluate import cost
 from longgen.evaluate.cost import Cost, measure_cost
@@ -60,6 +62,52 @@ def test_times_are_what_the_clock_says(
     monkeypatch.setattr(cost.time, "perf_counter", lambda: next(ticks))
     (found,) = measure_cost(model, [8], decode_steps=2, repeats=3)
     assert found.prefill_seconds == (1, 1, 1) and found.decode_ms == (1000, 1000)
+
+
+def test_a_hybrid_is_measured_in_the_engine(hybrid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beyond its context of 192 tokens."""
+    real, sizes = engine_module.run, []
+
+    def run(model: Any, step: Any, tokens: Any, rows: Any) -> torch.Tensor:
+        assert not model.training
+        sizes.append(len(tokens))
+        return real(model, step, tokens, rows)
+
+    monkeypatch.setattr(engine_module, "run", run)
+    hybrid.train()
+    try:
+        costs = measure_cost(
+            hybrid, [300, 20], decode_steps=4, repeats=2, warmup=1, prefill_chunk=128
+        )
+        assert hybrid.training
+    finally:
+        hybrid.eval()
+    decode = [1] * (cost.WARMUP_STEPS + 4)
+    assert sizes == [20] * 3 + decode + [128, 128, 44] * 3 + decode
+    token = BYTES_PER_TOKEN // 2  # of one layer
+    # A page is 128 tokens, and a slot at most 16 + 32, less where no sequence grows so long.
+    assert [found.kv_bytes for found in costs] == [token * (128 + 28), token * (3 * 128 + 48)]
+    for found in costs:
+        assert found.error is None and found.runtime == "longgen.engine"
+        assert len(found.prefill_seconds) == 2 and len(found.decode_ms) == 4
+        assert {row["runtime"] for row in found.rows("hybrid")} == {"longgen.engine"}
+
+
+def test_a_hybrid_out_of_memory_is_a_row(hybrid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = engine_module.run
+
+    def run(model: Any, step: Any, tokens: Any, rows: Any) -> torch.Tensor:
+        if len(tokens) > 140:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(model, step, tokens, rows)
+
+    monkeypatch.setattr(engine_module, "run", run)
+    costs = measure_cost(hybrid, [140, 200, 300], decode_steps=1, repeats=1)
+    assert costs[0].error is None
+    # The engine would go on in smaller pieces.
+    assert costs[1].error == "Out of memory at 200 tokens on cpu."
+    assert costs[2].error == "Skipped: 200 tokens did not fit, so greater lengths were not tried."
+    assert {found.runtime for found in costs} == {"longgen.engine"}
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longgen.errors import UsageError
+from longgen.evaluate.asking import run_needle, score_examples
 from longgen.evaluate.needle import (
     NEEDLE,
     QUESTION,
@@ -17,8 +18,6 @@ from longgen.evaluate.needle import (
     NeedleExample,
     NeedleResult,
     NeedleTask,
-    run_needle,
-    score_examples,
 )
 from longgen.evaluate.results import Rows, wilson_interval
 
@@ -36,6 +35,7 @@ class CopyModel:
 
     def __init__(self, spoil: int | None = None) -> None:
         self.device = torch.device("cpu")
+        self.config = LlamaConfig()
         self.training = True
         self.spoil = spoil  # which of the kept positions to get wrong
         self.calls: list[tuple[int, ...]] = []
@@ -285,7 +285,7 @@ def test_rows_hold_cells_and_interval(tokenizer: PreTrainedTokenizerFast) -> Non
     assert row["interval"] == list(wilson_interval(25, 40))
     assert row["accuracy_by_depth"] == [0.5] * 5 + [0.75] * 5
     assert row["hits"] == [[1, 0, 1, 0]] * 5 + [[1, 1, 1, 0]] * 5
-    assert row["haystack_repeated"] is False
+    assert row["haystack_repeated"] is False and row["runtime"] == "transformers"
 
 
 def test_short_haystack(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -133,7 +133,8 @@ def test_needle_prints_cells_and_title(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_failed_lengths_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = texts("decode", tmp_path, monkeypatch)
-    assert "original not measured at 32K, 64K" in found
+    runtimes = "Cache and times: original, twin, hybrid, all sparse by transformers."
+    assert f"original not measured at 32K, 64K\n{runtimes}" in found
     assert "twin" in found and "full attention" not in found
 
 

@@ -154,3 +154,9 @@ def test_comparison_sets_models_side_by_side() -> None:
 
     table = comparison_table(rows, metrics=["decode"])
     assert table.rows == [["Decode per token at 8K", "12.3 ms"]] and not table.caption
+
+    for case, runtime in (("original", "transformers"), ("hybrid", "longgen.engine")):
+        rows = [*rows, row(f"decode.{case}", 4096, 9.0, runtime=runtime)]
+    caption = comparison_table(rows, metrics=["decode"]).caption
+    words = "Cache and times: original by transformers; hybrid by longgen.engine."
+    assert caption == words
