@@ -19,7 +19,9 @@ def test_an_outdated_table_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def changed(name: str) -> tables.Results:
         results = newest(name)
-        rows = [{**row, "value": 0.5} for row in results["rows"]]
+        rows = [
+            row | ({"value": 0.5} if row["value"] is not None else {}) for row in results["rows"]
+        ]
         return {**results, "rows": rows}
 
     monkeypatch.setattr(tables, "newest", changed)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from longgen.engine.cache import EngineCache, Span
+from longgen.engine.checks import check_limits, check_model
 from longgen.engine.decode import DecodeBatch
 from longgen.engine.request import Request, RequestOutput, State
 from longgen.engine.runner import DecodeRunner
@@ -66,38 +67,20 @@ class Engine:
         impl: str = "auto",
         enforce_eager: bool = False,
     ) -> None:
-        config: Any = getattr(model, "config", None)
-        if not hasattr(config, "layer_plan"):
-            raise UsageError(
-                f"The engine runs LongGen hybrids, and {type(model).__name__} isn't one. Convert "
-                "its checkpoint with `longgen convert` (with --full-layers all if none of its "
-                "layers is to be sparse)."
-            )
-        limits = {
-            "max_length": max_length,
-            "max_sequences": max_sequences,
-            "num_pages": num_pages,
-            "page_size": page_size,
-            "max_batched_tokens": max_batched_tokens,
-            "prefill_chunk": prefill_chunk,
-        }
-        for name, value in limits.items():
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; give a whole number of at least 1.")
+        config: Any = check_model(model)
         context = config.max_position_embeddings
-        if max_length is not None and max_length > context and not beyond_context:
-            raise UsageError(
-                f"max_length is {max_length} tokens, the model was made for {context}. Give at "
-                "most that, or extend the model."
-            )
+        check_limits(
+            None if beyond_context else context,
+            max_length=max_length,
+            max_sequences=max_sequences,
+            num_pages=num_pages,
+            page_size=page_size,
+            max_batched_tokens=max_batched_tokens,
+            prefill_chunk=prefill_chunk,
+        )
         if kv_dtype not in (None, "fp8"):
             raise UsageError(
                 f'kv_dtype is {kv_dtype!r}; leave it out for the model\'s own, or give "fp8".'
-            )
-        if max_batched_tokens < max_sequences:
-            raise UsageError(
-                f"max_batched_tokens is {max_batched_tokens}, too few for a token of each of "
-                f"{max_sequences} sequences. Raise it or lower max_sequences."
             )
         max_length = max_length or context
         pages = -(-max_length // page_size)

@@ -1,0 +1,59 @@
+"""What an engine is refused for, in sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longgen.errors import UsageError
+
+
+def check_model(model: Any) -> Any:
+    """Return a hybrid's config.
+
+    Raises:
+        UsageError: if the model is no hybrid.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "layer_plan"):
+        raise UsageError(
+            f"The engine runs LongGen hybrids, and {type(model).__name__} isn't one. Convert its "
+            "checkpoint with `longgen convert` (with --full-layers all if none of its layers is to "
+            "be sparse)."
+        )
+    return config
+
+
+def check_limits(
+    context: int | None,
+    *,
+    max_length: int | None,
+    max_sequences: int,
+    max_batched_tokens: int,
+    **others: int | None,
+) -> None:
+    """See that an engine's numbers make sense; the arguments are the engine's.
+
+    Args:
+        context: the most that `max_length` may be; None is no limit.
+
+    Raises:
+        UsageError: naming the number that doesn't.
+    """
+    own = {
+        "max_length": max_length,
+        "max_sequences": max_sequences,
+        "max_batched_tokens": max_batched_tokens,
+    }
+    for name, value in (own | others).items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; give a whole number of at least 1.")
+    if max_length is not None and context is not None and max_length > context:
+        raise UsageError(
+            f"max_length is {max_length} tokens, the model was made for {context}. Give at most "
+            "that, or extend the model."
+        )
+    if max_batched_tokens < max_sequences:
+        raise UsageError(
+            f"max_batched_tokens is {max_batched_tokens}, too few for a token of each of "
+            f"{max_sequences} sequences. Raise it or lower max_sequences."
+        )
