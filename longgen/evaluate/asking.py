@@ -137,7 +137,8 @@ def _ask_engine(
             on_cell(NeedleCell(questions.length, questions.depths[place], right))
 
     examples = chain.from_iterable(map(questions.at, questions.depths))
-    answer_examples(model, examples, on_answer, batch_size)
+    most = samples * len(questions.depths)
+    answer_examples(model, examples, on_answer, batch_size, most=most)
 
 
 def score_examples(model: PreTrainedModel, examples: Sequence[NeedleExample]) -> list[bool]:
@@ -174,6 +175,8 @@ def answer_examples(
     examples: Iterator[NeedleExample],
     on_answer: Callable[[int, bool], None],
     batch_size: int | None = None,
+    *,
+    most: int,
 ) -> None:
     """Have the engine write the answers of a hybrid, and say of each whether it is right.
 
@@ -186,6 +189,7 @@ def answer_examples(
         on_answer: called with an example's number, counted from 0, and whether it was right. The
             first to be asked are the first to be answered, or nearly so.
         batch_size: sequences that run at once; None is as many as are of use and fit.
+        most: how many examples there are.
     """
     first = next(examples)
     length = len(first.input_ids)
@@ -193,7 +197,7 @@ def answer_examples(
     asked: dict[str, tuple[int, NeedleExample, list[int]]] = {}
     clear(model.device)
     with evaluating(model):
-        engine = _engine(model, first, batch_size)
+        engine = _engine(model, first, batch_size, most)
         while True:
             while len(asked) < engine.cache.slots.size and (item := next(waiting, None)):
                 number, example = item
@@ -215,7 +219,9 @@ def answer_examples(
                     on_answer(number, tuple(written) == example.answer_ids)
 
 
-def _engine(model: PreTrainedModel, example: NeedleExample, batch_size: int | None) -> Engine:
+def _engine(
+    model: PreTrainedModel, example: NeedleExample, batch_size: int | None, most: int
+) -> Engine:
     """Return an engine for questions as long as an example."""
     length = len(example.input_ids)
 
@@ -239,7 +245,7 @@ def _engine(model: PreTrainedModel, example: NeedleExample, batch_size: int | No
     # While the next prompts are read, those before them write: more than this would only wait.
     useful = (example.answer_size + 1) * _STEP_TOKENS // length + 2
     room = int(_CACHE_SHARE * free_bytes(model.device)) // engine.cache.bytes_of(length)
-    size = min(useful, 1 + room)
+    size = min(useful, 1 + room, most)
     return engine if size == 1 else make(size)
 
 

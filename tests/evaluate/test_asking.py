@@ -34,6 +34,7 @@ def written(model: Any, example: NeedleExample) -> tuple[int, ...]:
 
 def answers(model: Any, examples: list[NeedleExample], **settings: Any) -> list[bool]:
     found: dict[int, bool] = {}
+    settings = {"most": len(examples)} | settings
     answer_examples(model, iter(examples), found.__setitem__, **settings)
     assert sorted(found) == list(range(len(examples)))
     return [found[number] for number in range(len(examples))]
@@ -155,8 +156,10 @@ def test_the_batch_is_what_is_of_use_and_fits(
     length, answer = len(examples[0].input_ids), examples[0].answer_size
     for free, wanted in ((0, 1), (6 * alone, 4), (10**12, (answer + 1) * 1000 // length + 2)):
         monkeypatch.setattr(asking, "free_bytes", lambda device, free=free: free)
-        answers(hybrid, examples[:1])
+        answers(hybrid, examples[:1], most=1000)
         assert sizes[-1] == wanted, free
+    answers(hybrid, examples[:2])
+    assert sizes[-1] == 2
 
 
 def test_what_the_engine_cannot_answer_is_a_sentence(
