@@ -223,7 +223,8 @@ class Engine:
                 if length == request.num_left:
                     rows.append(len(tokens) - 1)
                     writing.append(request)
-            if self.decode_runner is not None and not spans:
+            # A prompt's last but one token, read by itself, brings no token: not the runner's.
+            if self.decode_runner is not None and not spans and len(writing) == len(decoding):
                 logits, likeliest = self.decode_runner(tokens, *self._places(decoding))
             else:
                 decode = DecodeBatch.of(self.cache, *self._places(decoding))

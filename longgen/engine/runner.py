@@ -36,6 +36,8 @@ class _Buffers:
         self.logits: torch.Tensor | None = None
         self.likeliest: torch.Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
+        # Set when the device has read the host's numbers.
+        self._read = torch.cuda.Event() if pinned else None
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -55,11 +57,9 @@ class _Buffers:
     def fill(
         self, tokens: list[int], lengths: list[int], slots: list[int], tables: list[list[int]]
     ) -> None:
-        """Send a step's numbers to the device; rows that are left over write to the spare ones.
-
-        The results of the step before must have been read: its numbers may still be on their way
-        otherwise.
-        """
+        """Send a step's numbers to the device; rows that are left over write to the spare ones."""
+        if self._read is not None:
+            self._read.synchronize()
         left = self.size - len(tokens)
         spare = [self.cache.spare_slot] * left
         rows = (tokens + [0] * left, lengths + [1] * left, slots + spare)
@@ -69,6 +69,12 @@ class _Buffers:
         nothing = [self._write(row, None) for row in range(len(tokens), self.size)]
         if any(written) or any(nothing):
             self.tables.copy_(self._host_tables, non_blocking=True)
+        if self._read is not None:
+            self._read.record()
+
+    def forget(self) -> None:
+        """Have all tables written anew."""
+        self._held = [(None, 0)] * self.size
 
     def _write(self, row: int, table: list[int] | None) -> bool:
         """Put a sequence's pages into the host's table, as far as they aren't there; return whether
@@ -128,7 +134,7 @@ class DecodeRunner:
 
         Returns:
             logits (N, vocabulary) and what `likeliest` makes of them, (N,); both are overwritten by
-            the next call, before which they must have been read.
+            the next call.
         """
         number = len(tokens)
         size = next(n for n in self.sizes if n >= number)
@@ -163,15 +169,20 @@ class DecodeRunner:
         kept = [x.clone() for x in (buffers.slots, buffers.tables)]
         buffers.slots.fill_(self.cache.spare_slot)
         buffers.tables.fill_(self.cache.spare_page)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._run(buffers)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
                 self._run(buffers)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._run(buffers)
+        except BaseException:
+            # The tables on the device are no sequence's now.
+            buffers.forget()
+            raise
         self._pool = self._pool or graph.pool()
         buffers.graph = graph
         buffers.slots.copy_(kept[0])

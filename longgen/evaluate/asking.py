@@ -246,7 +246,10 @@ def _engine(
     useful = (example.answer_size + 1) * _STEP_TOKENS // length + 2
     room = int(_CACHE_SHARE * free_bytes(model.device)) // engine.cache.bytes_of(length)
     size = min(useful, 1 + room, most)
-    return engine if size == 1 else make(size)
+    if size == 1:
+        return engine
+    del engine
+    return make(size)
 
 
 @contextmanager

@@ -11,6 +11,11 @@ import torch
 _OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 
 
+@torch.compiler.disable
+def _end_graph(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    """Do nothing that a compiler can look into."""
+
+
 def compile_layers(model: Any) -> None:
     """Have `torch.compile` fuse norms, rotary embedding, gates and residuals of a decoder.
 
@@ -26,7 +31,7 @@ def compile_layers(model: Any) -> None:
             continue
         down = getattr(getattr(module, "mlp", None), "down_proj", None)
         if down is not None:
-            # By itself: for one token, every program of the product would compute the gate anew.
-            compiled = torch.compile(down.forward, dynamic=True, options=_OPTIONS)
-            down.forward = torch.compiler.disable(compiled)
+            # In a graph by itself: for one token, every program of the product would compute the
+            # gate anew.
+            down.register_forward_pre_hook(_end_graph)
         module.compile(dynamic=True, options=_OPTIONS)

@@ -98,6 +98,25 @@ def test_batches_of_fixed_shape_write_the_same(
     assert len(engine.decode_runner._buffers) > 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("settings", [{"prefill_chunk": 1}, {"max_batched_tokens": 2}])
+def test_prompts_that_are_read_token_by_token(
+    model: Any, requests: list[Any], settings: dict[str, int], temperature: float
+) -> None:
+    """A step of single tokens may still bring none."""
+    outputs = []
+    for fixed in (False, True):
+        engine = small_engine(model, max_sequences=2, **settings)
+        if fixed:
+            engine.decode_runner = DecodeRunner(model, engine.cache, capture=False)
+        done = engine.generate(
+            [prompt[:9] for prompt, _ in requests[:4]],
+            SamplingParams(max_tokens=6, ignore_eos=True, temperature=temperature, seed=1),
+        )
+        outputs.append([request.output for request in done])
+    assert outputs[0] == outputs[1]
+
+
 def test_a_soak_of_random_requests_leaks_nothing(build: Callable[..., Any], tokens: Tokens) -> None:
     """Two thousand requests that come, are cancelled and finish at random under too few pages: each
     that finishes has its own tokens, nothing waits for ever, and all pages come back."""
