@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from longgen.errors import UsageError
 from longgen.evaluate.asking import evaluating
 from longgen.evaluate.reading import EnginePrefill, TransformersPrefill
-from longgen.memory import clear
+from longgen.memory import clear, is_out_of_memory
 from longgen.runtime import ENGINE, TRANSFORMERS, runtime_of
 
 WARMUP_STEPS = 3
@@ -162,11 +162,3 @@ def timed(device: torch.device, work: Callable[[], Result]) -> tuple[Result, flo
         end.record()
         end.synchronize()
         return result, start.elapsed_time(end) / 1000
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an exception means that a GPU or the machine has no memory left."""
-    # The CPU allocator raises a bare RuntimeError that can only be told by its text.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(
-        error
-    )
