@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 STYLES = {
     "hybrid": MODELS["hybrid"],
-    "hybrid_fp8": ("#CC79A7", "v", "-."),
+    "hybrid_fp8": MODELS["hybrid_fp8"],
     "full": MODELS["full"],
-    "full_fp8": ("#56B4E9", "P", "-."),
+    "full_fp8": MODELS["full_fp8"],
     "transformers": ("#000000", "s", ":"),
 }
 LABELS = {

@@ -289,12 +289,16 @@ class Engine:
             self.scheduler.recompute(request)
 
     def _out_of_memory(self, batch: list[tuple[Request, int]], error: str) -> None:
-        """Have all tried again, in smaller steps and one by one; give up one that fails alone."""
+        """Have all tried again, in smaller steps and one by one; give up one that fails alone, with
+        few tokens and twice."""
         lengths = [length for _, length in batch]
         sizes = self.scheduler.sizes
         if len(batch) == 1 and lengths[0] <= sizes.smallest:
-            sizes.restore()
-            self._end(batch[0][0], "error", f"Not enough memory for this request: {error}")
+            (request,) = (request for request, _ in batch)
+            if request.failed_alone:
+                sizes.restore()
+                self._end(request, "error", f"Not enough memory for this request: {error}")
+            request.failed_alone = True
             return
         sizes.shrink(lengths)
         if max(lengths) <= sizes.smallest:

@@ -83,6 +83,8 @@ class Scheduler:
         """Take note of a step that went well."""
         self.sizes.note([length for _, length in batch])
         done = {request for request, _ in batch}
+        for request in done:
+            request.failed_alone = False
         self.suspects = [request for request in self.suspects if request not in done]
 
     def _alone(self) -> tuple[Request, int] | None:
