@@ -77,10 +77,11 @@ def token_ids(prompt: Iterable[Any], vocabulary: int, max_length: int) -> list[i
     try:
         ids = [index(token) for token in prompt]
     except TypeError:
-        kind = f"a tensor of shape {tuple(prompt.shape)}" if isinstance(prompt, torch.Tensor) else ""
+        what = repr(prompt)[:80]
+        if isinstance(prompt, torch.Tensor):
+            what = f"a tensor of shape {tuple(prompt.shape)}"
         raise UsageError(
-            f"The prompt is {kind or repr(prompt)[:80]}; give text, or token ids as whole numbers "
-            "in a row."
+            f"The prompt is {what}; give text, or token ids as whole numbers in a row."
         ) from None
     if not ids:
         raise UsageError("The prompt is empty; give at least one token.")

@@ -127,7 +127,8 @@ class Engine:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.model.config.vocab_size, (length,), generator=generator)
         pages = cache.pages.take(cache.num_pages_for(length))
-        run(self.model, Step(cache, [Span(cache, 0, length, 0, pages)], impl=self.impl), tokens.tolist(), [0])
+        step = Step(cache, [Span(cache, 0, length, 0, pages)], impl=self.impl)
+        run(self.model, step, tokens.tolist(), [0])
         cache.pages.give_back(pages)
         cache.clear_slot(0)
 

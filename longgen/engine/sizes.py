@@ -61,9 +61,7 @@ class StepSizes:
 
     def note(self, lengths: list[int]) -> None:
         """Take note of a step of these pieces that went well."""
-        is_largest = (
-            sum(lengths) >= self.max_batched_tokens or max(lengths) >= self.prefill_chunk
-        )
+        is_largest = sum(lengths) >= self.max_batched_tokens or max(lengths) >= self.prefill_chunk
         self._num_good += is_largest
         if self._num_good < self._patience:
             return

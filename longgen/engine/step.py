@@ -119,10 +119,11 @@ def run_tokens(
 
 
 def hidden_states(model: Any, step: Step, tokens: torch.Tensor) -> torch.Tensor:
-    """Run a hybrid model over tokens (N,) on its device, up to its output head: (N, hidden size)."""
-    return model.model(
+    """Run a hybrid model over tokens (N,), up to its output head: (N, hidden size)."""
+    hidden: torch.Tensor = model.model(
         input_ids=tokens[None],
         position_ids=step.positions()[None],
         use_cache=False,
         longgen_step=step,
     ).last_hidden_state[0]
+    return hidden

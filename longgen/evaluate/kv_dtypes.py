@@ -26,9 +26,9 @@ def differences(rows: Rows, own: str, other: str) -> list[dict[str, object]]:
         other: the other one.
 
     Returns:
-        rows `needle_difference` (accuracy; questions that only one of them answered), `loss_difference`
-        (nats per token, its standard error over windows, and the ratio of perplexities) and
-        `kv_bytes_ratio`, all of `other` against `own`.
+        rows `needle_difference` (accuracy; questions that only one of them answered),
+        `loss_difference` (nats per token, its standard error over windows, and the ratio of
+        perplexities) and `kv_bytes_ratio`, all of `other` against `own`.
     """
     found: list[dict[str, object]] = []
     for metric, compare in (

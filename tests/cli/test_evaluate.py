@@ -266,7 +266,7 @@ def test_eight_bits_beside_the_models_own_format(
     few = (*arguments, "--lengths", "192", "--only", "loss")
     result = run(*few, "--kv-dtype", "both")
     assert result.code == 0
-    header, *lines, last = result.out.splitlines()
+    header, *lines, _ = result.out.splitlines()
     assert " ".join(header.split()) == "tokens model loss (nats)"
     assert [" ".join(line.split()[:-1]) for line in lines] == [
         "192 hybrid",

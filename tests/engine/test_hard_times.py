@@ -213,9 +213,7 @@ def test_numbers_that_are_none_stay_with_their_request(
         embedding[90] = kept
 
 
-def test_no_request_decides_how_others_are_kept_in_eight_bits(
-    model: Any, tokens: Tokens
-) -> None:
+def test_no_request_decides_how_others_are_kept_in_eight_bits(model: Any, tokens: Tokens) -> None:
     embedding = model.model.embed_tokens.weight.data
     kept = embedding[[90, 91]].clone()
     prompts = ids(tokens, 30, 9, 21)
@@ -281,7 +279,7 @@ def test_prompts_may_be_tensors_and_params_must_be_params(model: Any, tokens: To
     (other,) = engine.generate([prompt], params)
     assert other.output == request.output
     bad: Any = {"max_tokens": 3}
-    with pytest.raises(UsageError, match="params is {'max_tokens': 3}; give SamplingParams"):
+    with pytest.raises(UsageError, match=r"params is \{'max_tokens': 3\}; give SamplingParams"):
         engine.add_request([5], bad)
     assert not engine.has_unfinished
 

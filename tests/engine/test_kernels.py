@@ -133,8 +133,9 @@ def test_slots_and_pages_hold_what_their_places_say(
             sparse = stored[1][which].view(3, longest, HEADS, DIM)[slot]
             for h in range(HEADS):
                 held = places[h] >= 0
-                assert torch.equal(bits(slots[slot, :-1][held, h]), bits(sparse[places[h][held], h]))
-                assert slots[slot, :-1][~held, h].float().isnan().all()
+                own = slots[slot, :-1, h]
+                assert torch.equal(bits(own[held]), bits(sparse[places[h][held], h]))
+                assert own[~held].float().isnan().all()
         assert slots[1].float().isnan().all() and pages[10:12].float().isnan().all()
 
 

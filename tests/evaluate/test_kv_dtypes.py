@@ -18,7 +18,7 @@ TEXT = np.random.default_rng(0).integers(5, 600, 900)
 
 
 def needle(variant: str, hits: list[list[int]]) -> dict[str, Any]:
-    flat = sum(hits, [])
+    flat = [hit for cell in hits for hit in cell]
     value = sum(flat) / len(flat)
     case = f"needle.{variant}"
     return {"case": case, "length": 64, "value": value, "hits": hits, "n": len(flat)}

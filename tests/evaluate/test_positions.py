@@ -131,5 +131,5 @@ def test_eight_bits_change_the_loss_a_little(hybrid: Any, tokens: np.ndarray) ->
 
 
 def test_eight_bits_are_for_hybrids(model: LlamaForCausalLM, tokens: np.ndarray) -> None:
-    with pytest.raises(UsageError, match="fp8 are for hybrids, .* LlamaForCausalLM isn't one"):
+    with pytest.raises(UsageError, match=r"fp8 are for hybrids, .* LlamaForCausalLM isn't one"):
         loss_by_position(model, tokens, 64, kv_dtype="fp8")
