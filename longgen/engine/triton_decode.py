@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 
 # Keys that a program reads at a time, its warps, the blocks that it has under way, and programs a
-# multiprocessor: the fastest of 24 combinations for 131,072 keys on an H200 (docs/experiments.md).
+# multiprocessor: the fastest of 24 combinations for 131,072 keys on an H200, and of 32 for the
+# 2,112 keys of a sparse layer on an H100 (docs/experiments.md).
 NUM_STAGES = 3
 
 
 class Tuning(NamedTuple):
-    """Hold what is best for queries that have their keys alone, or share them."""
+    """Hold what is best for queries that have many keys alone, or few, or share them."""
 
     block: int
     num_warps: int
@@ -27,7 +28,9 @@ class Tuning(NamedTuple):
 
 # Of keys in one block, at most.
 BLOCK_BYTES = 1 << 15
-ALONE, SHARED = Tuning(128, 8, 8), Tuning(64, 4, 4)
+ALONE, FEW, SHARED = Tuning(128, 8, 8), Tuning(64, 4, 8), Tuning(64, 4, 4)
+# The most keys that are few.
+FEW_KEYS = 8192
 # Keys that one program still reads alone, and the fewest for which others are cut in parts.
 WHOLE_KEYS = 512
 SPLIT_KEYS = 256
@@ -265,9 +268,10 @@ def _together(
     tl.store(result_ptr + at, result.to(result_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-def _tuning(group: int, row_bytes: int) -> Tuning:
-    """Return what is best for `group` queries a key head and keys of `row_bytes`."""
-    tuning = ALONE if group == 1 else SHARED
+def _tuning(group: int, row_bytes: int, capacity: int) -> Tuning:
+    """Return what is best for `group` queries a key head, and at most `capacity` keys of so many
+    bytes."""
+    tuning = SHARED if group > 1 else FEW if capacity <= FEW_KEYS else ALONE
     # Blocks under way must fit into shared memory.
     return tuning._replace(block=min(tuning.block, max(MIN_SIDE, BLOCK_BYTES // row_bytes)))
 
@@ -320,7 +324,7 @@ def paged_decode(
     group = num_heads // num_key_heads
     capacity = block_tables.shape[1] * page_size
     dim_tile = max(triton.next_power_of_2(head_dim), MIN_SIDE)
-    tuning = _tuning(group, dim_tile * keys.element_size())
+    tuning = _tuning(group, dim_tile * keys.element_size(), capacity)
     pairs = number * num_key_heads
     splits = num_splits or _splits(pairs, tuning.programs, capacity, q.device)
     most = JOIN_SPLITS if join_splits is None else join_splits

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._inductor.test_operators import realize
 
 # One token's matrix products, which only read weights, become kernels that do so at nearly the
 # speed of a copy, fused with what surrounds them, instead of calls of a library that don't.
 _OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 
 
-@torch.compiler.disable
-def _end_graph(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-    """Do nothing that a compiler can look into."""
+def _settle(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Have a product's input in memory before it begins: for one token, every program of the
+    product would otherwise compute the gate anew."""
+    return (realize(args[0]), *args[1:])
 
 
 def compile_layers(model: Any) -> None:
@@ -31,7 +33,5 @@ def compile_layers(model: Any) -> None:
             continue
         down = getattr(getattr(module, "mlp", None), "down_proj", None)
         if down is not None:
-            # In a graph by itself: for one token, every program of the product would compute the
-            # gate anew.
-            down.register_forward_pre_hook(_end_graph)
+            down.register_forward_pre_hook(_settle)
         module.compile(dynamic=True, options=_OPTIONS)

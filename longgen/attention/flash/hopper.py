@@ -56,10 +56,15 @@ from flash_attn.cute.block_sparsity import BlockSparseTensors
 from flash_attn.cute.cache_utils import JITCache, get_jit_cache
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
-from flash_attn.cute.mask import AttentionMask
+from flash_attn.cute.mask import (
+    AttentionMask,
+    mask_r2p_lambda,
+    r2p_bitmask_below,
+    sm90_col_to_r2p_idx,
+)
 from flash_attn.cute.named_barrier import NamedBarrierFwd
 from flash_attn.cute.tile_scheduler import SingleTileScheduler, StaticPersistentTileScheduler
-from flash_attn.cute.utils import AuxData, scalar_to_ssa
+from flash_attn.cute.utils import AuxData, scalar_to_ssa, ssa_to_scalar
 from quack import layout_utils
 from quack.compile_utils import make_fake_tensor
 
@@ -105,6 +110,13 @@ def _put(args: tuple[Any, ...], place: int, *values: Any) -> tuple[Any, ...]:
     return (*args[:place], *values, *args[place + len(values) :])
 
 
+def _masked(args: tuple[Any, ...], mask: Callable[[AttentionMask], Any]) -> tuple[Any, ...]:
+    """Put another mask in the place of the parent's."""
+    place = _the(args, lambda x: isinstance(x, partial) and x.func is AttentionMask)
+    create = args[place]
+    return _put(args, place, lambda lengths: mask(create(lengths)))
+
+
 # The place of Q's pipeline among the arguments of the forward kernel's consumers.
 _Q_PIPELINE = 12
 
@@ -122,10 +134,55 @@ class _ReleasedBefore:
         pass
 
 
+class _ByRow:
+    """Stand for the mask of tiles whose keys lie in one block each.
+
+    Of such a tile a query sees the keys up to itself, or nothing. So the pattern is asked once a
+    row, about the tile's first key, instead of once a pair, and the row is cut by its length.
+    """
+
+    def __init__(self, mask: AttentionMask) -> None:
+        self.mask = mask
+
+    def apply_mask(
+        self,
+        acc_S: cute.Tensor,
+        batch_idx: Int32,
+        head_idx: Int32,
+        m_block: Int32,
+        n_block: Int32,
+        thr_mma: cute.TiledMma,
+        aux_data: AuxData,
+        mask_mod: Callable[..., Any] | None = None,
+        **unused: Any,
+    ) -> None:
+        if mask_mod is None:
+            # Wholly visible: all its keys exist.
+            return
+        tile_m, tile_n = self.mask.tile_m, self.mask.tile_n
+        lengths = self.mask.seqlen_info
+        scores = layout_utils.reshape_acc_to_mn(acc_S)
+        places = layout_utils.reshape_acc_to_mn(
+            thr_mma.partition_C(cute.make_identity_tensor((tile_m, tile_n)))
+        )
+        first_key = n_block * tile_n
+        # Rows behind the last query may see keys that don't exist; they aren't stored.
+        shift = lengths.seqlen_k - lengths.seqlen_q
+        for r in range(cute.size(places.shape[0])):
+            query = places[r, 0][0] + m_block * tile_m
+            numbers = (scalar_to_ssa(x, Int32) for x in (batch_idx, head_idx, query, first_key))
+            seen = cutlass.Boolean(ssa_to_scalar(mask_mod(*numbers, lengths, aux_data.tensors)))
+            limit = Int32(seen) * (query + shift + 1 - first_key) - places[0][1]
+            limit = sm90_col_to_r2p_idx(limit)
+            mask_r2p_lambda(scores[r, None], partial(r2p_bitmask_below, limit), rank1=True)
+
+
 class PersistentForward(FlashAttentionForwardSm90):
     """The forward kernel with one program a multiprocessor, each going through many query tiles."""
 
     num_programs: int
+    # Whether every key tile lies in one block.
+    by_row: bool
     q_pipeline: Any
     # The parent sets these while it is traced: O leaves by each group of warps for itself.
     use_tma_O = property(lambda self: False, lambda self, value: None)
@@ -255,7 +312,8 @@ class PersistentForward(FlashAttentionForwardSm90):
 
     def mma(self, *args: Any) -> None:
         self.q_pipeline = args[_Q_PIPELINE]
-        super().mma(*_put(args, _Q_PIPELINE, _ReleasedBefore(args[_Q_PIPELINE])))
+        args = _put(args, _Q_PIPELINE, _ReleasedBefore(args[_Q_PIPELINE]))
+        super().mma(*(_masked(args, _ByRow) if self.by_row else args))
 
     def last_half_block_overlap(self, *args: Any, **settings: Any) -> Any:
         # All products with Q are done; the parent would keep it for the last one with V.
@@ -413,10 +471,7 @@ class ListedBackward(FlashAttentionBackwardSm90):
         super().load(*self._work(args))
 
     def mma(self, *args: Any, is_dQ_wg: bool) -> None:
-        place = _the(args, lambda x: isinstance(x, partial) and x.func is AttentionMask)
-        create = args[place]
-        args = _put(args, place, lambda lengths: _OnlyListed(create(lengths)))
-        super().mma(*self._work(args), is_dQ_wg=is_dQ_wg)
+        super().mma(*self._work(_masked(args, _OnlyListed)), is_dQ_wg=is_dQ_wg)
 
     def dQaccum_store(self, *args: Any) -> None:
         super().dQaccum_store(*self._work(args))
@@ -514,6 +569,7 @@ def _compile_forward(
         paged_kv_non_tma=False,
     )
     kernel.num_programs = num_programs
+    kernel.by_row = mask.is_by_row(tile_k)
     b, t, s, h, hkv, d, n = (cute.sym_int() for _ in range(7))
     shapes = _Shapes(_TYPES[dtype])
     integers = partial(shapes.of, dtype=Int32, align=4)

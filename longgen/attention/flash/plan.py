@@ -57,6 +57,13 @@ class Mask:
     key_rows: bool = False
     key_heads: int = 1
 
+    def is_by_row(self, tile_k: int) -> bool:
+        """Whether a query sees of each key tile the keys up to itself, or nothing: every tile lies
+        in one block."""
+        return not self.by_places and (
+            self.pattern.is_full or self.pattern.block_size % tile_k == 0
+        )
+
     def encode(self) -> str:
         """Return the mask as text, for the signature of an operator."""
         return json.dumps(asdict(self))

@@ -27,10 +27,19 @@ def _up(size: int, step: int) -> int:
 
 
 def _masked(
-    mask: Mask, places: list[Tensor], batch: int, heads: int, sizes: tuple[int, int], tiles: Tensor
+    mask: Mask,
+    places: list[Tensor],
+    batch: int,
+    heads: int,
+    sizes: tuple[int, int],
+    tiles: Tensor,
+    by_row: bool,
 ) -> Tensor:
     """Ask the mask about the pairs of all tiles (B, H, nq, nk), also those behind the ends: bool
-    (B, H, nq * tile, nk * tile)."""
+    (B, H, nq * tile, nk * tile).
+
+    By row, it is asked about each tile's first key alone, and causality cuts the rest.
+    """
     (num_q, num_k), (tall, wide) = sizes, tiles.tolist()
     b, h, q, k = (
         torch.arange(n, dtype=torch.int32)[(..., *[None] * (3 - axis))]
@@ -40,7 +49,12 @@ def _masked(
     head = key_head + mask.head_offset
     if not mask.by_places:
         assert not places
-        return _visible(mask, q + (num_k - num_q), k, head)
+        q = q + (num_k - num_q)
+        return (
+            _visible(mask, q, k // wide * wide, head) & (k <= q)
+            if by_row
+            else _visible(mask, q, k, head)
+        )
     q = q + b * num_q if mask.query_rows else q
     k = k + key_head * num_k if mask.key_heads > 1 else k
     k = k + b * (num_k * mask.key_heads) if mask.key_rows else k
@@ -68,12 +82,13 @@ def _weigh(
     sizes: tuple[int, int],
     tile_q: int,
     tile_k: int,
+    by_row: bool = False,
 ) -> Tensor:
     """Count how often each pair (B, H, T, S) is computed, given how often each tile is visited."""
     (num_q, num_k), (batch, heads, *_) = sizes, masked.shape
     assert not whole[:, :, num_q // tile_q :].any(), "a tile without mask has no such queries"
     assert not whole[..., num_k // tile_k :].any(), "a tile without mask has no such keys"
-    seen = _masked(mask, places, batch, heads, sizes, torch.tensor([tile_q, tile_k]))
+    seen = _masked(mask, places, batch, heads, sizes, torch.tensor([tile_q, tile_k]), by_row)
 
     def per_pair(visits: Tensor) -> Tensor:
         return visits.repeat_interleave(tile_q, 2).repeat_interleave(tile_k, 3)
@@ -164,8 +179,9 @@ class Kernels:
             behind = (index[..., :-1] >= index[..., 1:]) & listed[..., 1:]
             assert not behind.any(), "tiles are not listed in order"
         assert (lists[0] + lists[2]).all(), "a query tile has no tile to begin with"
-        sizes = (q.shape[1], k.shape[1])
-        return _attend(q, k, v, _weigh(*visits, mask, forward[4:], sizes, tile_q, tile_k), scale)
+        sizes, by_row = (q.shape[1], k.shape[1]), mask.is_by_row(tile_k)
+        counts = _weigh(*visits, mask, forward[4:], sizes, tile_q, tile_k, by_row)
+        return _attend(q, k, v, counts, scale)
 
     def listed_backward(
         self,
