@@ -209,6 +209,14 @@ def test_numbers_that_are_none_stay_with_their_request(
         engine.step()
         engine.scheduler.recompute(engine.scheduler.running[0])
         assert [r.output for r in engine.generate(prompts, good)] == expected
+        # A GPU's kernel reads what a mask hides, too: it has to be numbers.
+        engine.add_request(bad, good)
+        engine.generate([bad], good)
+        run_to_end(engine)
+        for kind, *stores in zip(
+            engine.cache.plan.layers, engine.cache.keys, engine.cache.values, strict=True
+        ):
+            assert kind == "F" or all(store.isfinite().all() for store in stores)
     finally:
         embedding[90] = kept
 

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from longgen.engine import Engine
 from longgen.errors import UsageError
+from longgen.evaluate import asking, positions, reading
 from longgen.evaluate import run as run_module
 from longgen.evaluate.kv_dtypes import differences, say_difference
 from longgen.evaluate.results import read_results
@@ -68,6 +71,18 @@ def test_both_formats_in_one_run(
 ) -> None:
     monkeypatch.setattr(run_module, "REPEATS", 1)
     monkeypatch.setattr(run_module, "DECODE_STEPS", 2)
+    kept: list[tuple[str, torch.dtype]] = []
+
+    def watched(place: Any) -> type[Engine]:
+        class Watched(Engine):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, **options)
+                kept.append((place.__name__.rpartition(".")[2], self.cache.keys[0].dtype))
+
+        return Watched
+
+    for place in (asking, positions, reading):
+        monkeypatch.setattr(place, "Engine", watched(place))
     settings: dict[str, Any] = {"lengths": (200,), "num_depths": 10, "samples": 1}
     settings |= {"kv_dtypes": (None, "fp8"), "model_name": "tiny", "loss_windows": 2}
     lines: list[str] = []
@@ -93,6 +108,12 @@ def test_both_formats_in_one_run(
     for part in ("hybrid, fp8 cache", f"{difference:+.4f} nats a token", "(<loss_fp8.png>)"):
         assert part in report
     assert sum("nats a token (standard" in line for line in lines) == 1
+
+    assert list(dict.fromkeys(kept)) == [
+        (place, dtype)
+        for dtype in (torch.float32, torch.float8_e4m3fn)
+        for place in ("asking", "positions", "reading")
+    ]
 
     # All is taken over, each from its own files.
     lines.clear()
