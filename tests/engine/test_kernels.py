@@ -179,6 +179,29 @@ def test_attention_over_scaled_pages(group: int, width: int, dtype: torch.dtype)
         assert torch.allclose(decode_attention(**inputs, num_splits=splits), out, atol=1e-6)
 
 
+def test_rows_that_are_no_sequences_see_nothing() -> None:
+    """Of no length in pages; and in slots, of which an entry is left out, under a mask."""
+    torch.manual_seed(0)
+    q = torch.randn(3, 4, 16)
+    pages = torch.randn(2, 12, 128, 2, 16)
+    tables, lengths = torch.arange(12).view(3, 4), torch.tensor([0, 300, 0])
+    slots = torch.randn(2, 3, 131, 2, 16)
+    visible = torch.zeros(3, 1, 130, dtype=torch.bool)
+    visible[1, :, :70] = True
+    places = torch.arange(3)[:, None]
+    for splits in (None, 1, 3):
+        for arrivals in (None, torch.zeros(3, 2, dtype=torch.int32)):
+            options: dict[str, Any] = {"scale": 0.3, "num_splits": splits, "arrivals": arrivals}
+            full = decode_attention(q, *pages, tables, lengths=lengths, **options)
+            sparse = decode_attention(q, *slots[:, :, :130], places, visible=visible, **options)
+            alone = decode_attention(
+                q[1:2], *slots[:, 1:2, :70], places[:1], scale=0.3, lengths=torch.tensor([70])
+            )
+            assert not full[[0, 2]].any() and not sparse[[0, 2]].any()
+            assert full[1].any() and torch.allclose(sparse[1], alone[0], atol=1e-6)
+            assert arrivals is None or not arrivals.any()
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("group", [1, 3])
 def test_tuning_changes_no_results(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
