@@ -208,3 +208,24 @@ def check_context(name: str, context: int, lengths: tuple[int, ...], decode_toke
             f"a context of {context:,}. Give at most {context - room:,}, or --shape, whose random "
             "weights have no context."
         )
+
+
+def check_resident(layers: int | None, shape: str | None) -> None:
+    """Refuse a number of layers with weights that makes no sense for a named shape.
+
+    Raises:
+        UsageError: if there is no shape, or it has no more layers.
+    """
+    if layers is None:
+        return
+    if shape is None:
+        raise UsageError(
+            "--resident-layers is for the random weights of --shape: a checkpoint's layers have "
+            "their own. Leave it out."
+        )
+    total = SHAPES[shape.lower()].num_hidden_layers
+    if layers >= total:
+        raise UsageError(
+            f"--resident-layers is {layers}, but {shape} has {total} layers; give fewer, or leave "
+            "it out."
+        )

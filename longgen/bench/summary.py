@@ -236,3 +236,6 @@ def number(value: float) -> str:
 
 def _figure(row: Row | None) -> str:
     return "-" if row is None else number(row["value"])
+
+
+TABLES = (prefill_table, decode_table, memory_table, throughput_table)

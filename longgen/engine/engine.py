@@ -15,14 +15,11 @@ from longgen.engine.request import Request, RequestOutput, State
 from longgen.engine.runner import DecodeRunner
 from longgen.engine.sampling import Sampler, SamplingParams, SamplingRow
 from longgen.engine.scheduler import Scheduler
-from longgen.engine.step import Step, run
+from longgen.engine.step import Step, run, set_scales
 from longgen.engine.text import IncrementalDetokenizer, StopStrings
 from longgen.errors import UsageError
 from longgen.hf.compile import compile_layers
 from longgen.memory import clear, is_out_of_memory
-
-# Tokens whose keys and values set the scales of an 8 bit cache.
-_SCALE_TOKENS = 256
 
 
 class Engine:
@@ -103,7 +100,7 @@ class Engine:
             self.cache, max_batched_tokens, prefill_chunk or max_batched_tokens
         )
         self.sampler = Sampler()
-        self._set_scales()
+        set_scales(model, self.cache, impl)
         # On a CPU, batches of fixed shape would only cost.
         self.decode_runner: DecodeRunner | None = None
         if self.cache.device.type == "cuda" and not enforce_eager:
@@ -114,23 +111,6 @@ class Engine:
         self._untold: list[RequestOutput] = []
         eos = getattr(model.generation_config, "eos_token_id", None)
         self.eos_token_ids = set([eos] if isinstance(eos, int) else eos or ())
-
-    def _set_scales(self) -> None:
-        """Read random tokens, so that no request decides how all others' keys are kept in 8 bits.
-
-        Engines of one model and layout have the same scales.
-        """
-        cache = self.cache
-        if cache.scales is None:
-            return
-        length = min(_SCALE_TOKENS, self.max_length)
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.model.config.vocab_size, (length,), generator=generator)
-        pages = cache.pages.take(cache.num_pages_for(length))
-        step = Step(cache, [Span(cache, 0, length, 0, pages)], impl=self.impl)
-        run(self.model, step, tokens.tolist(), [0])
-        cache.pages.give_back(pages)
-        cache.clear_slot(0)
 
     @property
     def max_length(self) -> int:

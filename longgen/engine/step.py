@@ -12,6 +12,9 @@ from longgen.engine.cache import EngineCache, Span
 from longgen.engine.decode import DecodeBatch
 from longgen.transfer import to_device
 
+# Tokens whose keys and values set the scales of an 8 bit cache.
+_SCALE_TOKENS = 256
+
 
 class Step:
     """Attend for the layers of one pass: each sequence to its own past.
@@ -127,3 +130,20 @@ def hidden_states(model: Any, step: Step, tokens: torch.Tensor) -> torch.Tensor:
         longgen_step=step,
     ).last_hidden_state[0]
     return hidden
+
+
+def set_scales(model: Any, cache: EngineCache, impl: str) -> None:
+    """Have random tokens set the scales of an empty 8 bit cache, and leave it empty.
+
+    So no request decides how the keys of all others are kept, and caches of one model and layout
+    have the same scales. A cache of another format has none.
+    """
+    if cache.scales is None:
+        return
+    length = min(_SCALE_TOKENS, cache.max_length)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
+    pages = cache.pages.take(cache.num_pages_for(length))
+    run(model, Step(cache, [Span(cache, 0, length, 0, pages)], impl=impl), tokens, [0])
+    cache.pages.give_back(pages)
+    cache.clear_slot(0)

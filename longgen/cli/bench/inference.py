@@ -171,18 +171,6 @@ def inference(
         raise UsageError("Give the folder of a checkpoint, or --shape NAME for random weights.")
     if shape is not None and shape.lower() not in SHAPES:
         raise UsageError(f"The shape {shape!r} is not known; choose from {', '.join(SHAPES)}.")
-    if resident_layers is not None:
-        if shape is None:
-            raise UsageError(
-                "--resident-layers is for the random weights of --shape: a checkpoint's layers "
-                "have their own. Leave it out."
-            )
-        total = SHAPES[shape.lower()].num_hidden_layers
-        if resident_layers >= total:
-            raise UsageError(
-                f"--resident-layers is {resident_layers}, but {shape} has {total} layers; give "
-                "fewer, or leave it out."
-            )
     chosen_lengths = _lengths(lengths)
     chosen_batches = _batches(batches)
     chunk = parse_tokens(prefill_chunk)
@@ -291,11 +279,13 @@ def _settings(
         VARIANTS,
         InferenceSettings,
         check_context,
+        check_resident,
         quick_lengths,
         quick_settings,
         quick_shape,
     )
 
+    check_resident(resident_layers, shape)
     dtype = choose_dtype(dtype, device)
     refuse_unknown("--variants", variants, tuple(VARIANTS))
     decode_tokens = decode_tokens or (_QUICK_DECODE_TOKENS if quick else 32)
@@ -390,12 +380,7 @@ def _print_tables(run: InferenceBench) -> None:
         console.print(settings.resident_note)
     if run.ceiling:
         console.print(say_ceiling(run.ceiling))
-    for make in (
-        summary.prefill_table,
-        summary.decode_table,
-        summary.memory_table,
-        summary.throughput_table,
-    ):
+    for make in summary.TABLES:
         head, lines = make(run.rows)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in head:
