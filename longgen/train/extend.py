@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import default_collate
 
 from longgen import __version__
-from longgen.accounting import check_fits, fits, training_memory
+from longgen.accounting import MemoryEstimate, check_fits, fits
 from longgen.checkpoint import (
     check_weights,
     load_tokenizer,
@@ -50,6 +50,7 @@ from longgen.train.trainer import (
     TrainingSequences,
     newest_checkpoint,
 )
+from longgen.training_memory import TrainingSetup, training_memory
 
 
 def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     shape = ModelShape.from_config(base)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, base.vocab_size)
-    checkpointing, planned = _fit(config, shape)
+    checkpointing, planned = _fit(config, shape, plan, processes)
     documents = processes.first(lambda: None if resume else _documents(config), lambda: None)
     folder, created = training_folder(config.out), not Path(config.out).exists()
     checkpoint = processes.first(
@@ -175,22 +176,32 @@ def _silent(line: str) -> None:
     """Leave the reporting to the first process."""
 
 
-def _fit(config: ExtendConfig, shape: ModelShape) -> tuple[bool, int]:
-    """Choose gradient checkpointing and check memory; returns the choice and the estimated
-    bytes."""
-
-    def estimate(checkpointing: bool) -> Any:
-        tokens = config.context // config.context_parallel
-        return training_memory(shape, tokens, gradient_checkpointing=checkpointing)
-
+def _fit(
+    config: ExtendConfig, shape: ModelShape, plan: LayerPlan, processes: Processes
+) -> tuple[bool, int]:
+    """Choose gradient checkpointing and check memory; returns the choice and the bytes of tensors
+    that are to be expected on each GPU."""
     gpus = machine_gpus()
+
+    def estimate(checkpointing: bool) -> MemoryEstimate:
+        setup = TrainingSetup(
+            gpus=processes.count,
+            context_parallel=processes.context_parallel,
+            sharding="ddp",
+            checkpointing="full" if checkpointing else "off",
+            compile=config.compile == "on" or (config.compile == "auto" and gpus is not None),
+            is_bf16=gpus is not None,
+            accumulates=config.sequences_per_step > processes.data_parallel,
+        )
+        return training_memory(shape, config.context, setup, plan)
+
     checkpointing = config.gradient_checkpointing != "off"
     if config.gradient_checkpointing == "auto" and gpus is not None:
         checkpointing = not fits(estimate(False), gpus.gpu)
     memory = estimate(checkpointing)
     if gpus is not None:
         check_fits(memory, gpus, f"Training at {config.context:,} tokens", force=config.force)
-    return checkpointing, memory.total
+    return checkpointing, memory.allocated
 
 
 def _begin(config: ExtendConfig, resume: bool, say: Say) -> Path | None:
