@@ -239,9 +239,7 @@ def serving_memory(
         "KV cache, bf16": -(-sum(by_layer) // gpus),
         "prompt chunk at work": chunk + max(by_layer) + FP32 * batch * shape.vocab_size,
     }
-    return MemoryEstimate.with_reserve(
-        parts, COEFFICIENTS.context_bytes, COEFFICIENTS.fragments
-    )
+    return MemoryEstimate.with_reserve(parts, COEFFICIENTS.context_bytes, COEFFICIENTS.fragments)
 
 
 def fits(estimate: MemoryEstimate, gpu: Gpu) -> bool:

@@ -1,7 +1,7 @@
 """The numbers that planning takes from measurements: the only place where they stand.
 
-Everything else in the plan is counted: tensors, FLOPs, messages. `longgen.calibration` compares plans
-with what `longgen bench train` measured, and fits the rates.
+Everything else in the plan is counted: tensors, FLOPs, messages. `longgen.calibration` compares
+plans with what `longgen bench train` measured, and fits the rates.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from longgen.gpus import GIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coefficients:
-    """Hold what cannot be counted.
-
-    Memory:
+    """Hold what cannot be counted: memory first, then rates as shares of a card's datasheet peak,
+    then links in bytes per second of one GPU and the share of messages that no work hides.
 
     Attributes:
         context_bytes: a CUDA context with its libraries, outside the allocator.
@@ -27,13 +26,10 @@ class Coefficients:
             separate operations.
         gathered_layers: layers of bf16 weights that FSDP2 has in hand: the one at work, the next
             one, and the buffer that it comes in.
-        reduced_layers: layers of bf16 gradients on their way to the shards.
+        reduced_layers: layers of fp32 gradients on their way to the shards, beside the bf16 ones of
+            the layer at work.
         exchanged_copies: copies of queries, keys and values (or of their gradients) on their way
             through an all-to-all: to be sent, received, and put in order.
-
-    Rates, as shares of a card's datasheet peak:
-
-    Attributes:
         matmul: linear layers.
         full_forward: full attention, forward, over visible pairs (flash kernels on Hopper).
         full_backward: the same, backward, at 2.5 times the forward FLOPs.
@@ -44,10 +40,6 @@ class Coefficients:
         layer_traffic: bytes read and written a token and layer for each of hidden_size in a
             forward pass, between matrix products; the backward pass moves twice as many.
         mlp_traffic: the same for each of intermediate_size.
-
-    Links, in bytes per second of one GPU, and the share of messages that no work hides:
-
-    Attributes:
         host_link: among the GPUs of one host.
         network_link: between hosts.
         gpus_per_host: GPUs of one host.
@@ -79,7 +71,7 @@ class Coefficients:
     layer_traffic: float = 24.0
     mlp_traffic: float = 8.0
 
-    # Assumed, not measured: NVLink of Hopper moves 450 GB/s each way, a 400 Gbit/s adapter a GPU 50.
+    # Assumed, not measured. NVLink of Hopper has 450 GB/s each way, a 400 Gbit/s adapter 50.
     host_link: float = 300e9
     network_link: float = 40e9
     gpus_per_host: int = 8

@@ -1,215 +1,34 @@
 """What training holds on each GPU, tensor by tensor, before anything runs.
 
 Memory has its peak in one of three phases, and each is counted: the loss at the end of the forward
-pass, when all is kept that the backward pass will need; the backward pass of the last norm; and that
-of a layer, which is computed again first if it was not kept. What a layer keeps is counted as
-autograd keeps it (tests/test_training_memory.py weighs it).
+pass, when all is kept that the backward pass will need; the backward pass of the last norm; and
+that of a layer, which is computed again first if it was not kept.
 
-T below is the tokens on one GPU, h hidden_size, i intermediate_size, H and K query and key/value
-heads of size D, V vocab_size, L layers, N parameters.
+In the docstrings T is the tokens on one GPU, h hidden_size, i intermediate_size, H and K query and
+key/value heads of size D, V vocab_size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from longgen.accounting import BF16, FP32, MemoryEstimate, full_plan
+from longgen.activations import LayerActivations, layer_activations
 from longgen.coefficients import COEFFICIENTS, Coefficients
-from longgen.errors import UsageError
-from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
+from longgen.training_setup import CHECKPOINTING, DEFAULT_SETUP, TrainingSetup
 
-CHECKPOINTING = ("off", "selective", "full")
-SHARDINGS = ("auto", "fsdp", "ddp")
 # Of the loss: rows of logits in fp32 that exist at a time (longgen.hf.head).
 LOSS_CHUNK_BYTES = 512 << 20
 _LEAST_CHUNK_TOKENS = 64
-_TILE = 128
 _INT64 = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingSetup:
-    """Say how a model is trained; the defaults are those of `longgen extend` on GPUs.
-
-    Attributes:
-        batch: sequences on a GPU (or its group under context parallelism) at a time.
-        gpus: all GPUs of the run.
-        context_parallel: GPUs that share each sequence.
-        sharding: "fsdp" spreads weights, gradients and moments over all GPUs (FSDP2), "ddp" leaves
-            them whole on each; "auto" shards where there are several.
-        checkpointing: "full" keeps what goes into each layer and computes the rest again,
-            "selective" keeps the output of attention too, "off" keeps everything.
-        offload_activations: whether what "full" and "selective" keep goes to the host's memory.
-        compile: whether norms and MLPs are compiled.
-        is_bf16: whether layers compute in bf16, over weights in fp32; otherwise in fp32.
-        optimizer: whether AdamW's moments exist.
-        accumulates: whether gradients of earlier micro-batches exist during the forward pass.
-    """
-
-    batch: int = 1
-    gpus: int = 1
-    context_parallel: int = 1
-    sharding: str = "auto"
-    checkpointing: str = "full"
-    offload_activations: bool = False
-    compile: bool = True
-    is_bf16: bool = True
-    optimizer: bool = True
-    accumulates: bool = True
-
-    def __post_init__(self) -> None:
-        for name, known in (("checkpointing", CHECKPOINTING), ("sharding", SHARDINGS)):
-            if getattr(self, name) not in known:
-                raise UsageError(
-                    f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}."
-                )
-        if self.context_parallel < 1 or self.gpus % self.context_parallel:
-            raise UsageError(
-                f"{self.gpus} GPUs do not divide into groups of {self.context_parallel} that share "
-                "a sequence; change the number of GPUs or context_parallel."
-            )
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether weights, gradients and moments are spread over the GPUs (FSDP2)."""
-        return self.gpus > 1 and self.sharding != "ddp"
-
-    @property
-    def casts_weights(self) -> bool:
-        """Whether autocast makes the bf16 weights, and so leaves norms in fp32; FSDP2 gathers
-        weights in bf16."""
-        return self.is_bf16 and not self.is_sharded
-
-    @property
-    def bytes_per_element(self) -> int:
-        """Bytes of an activation."""
-        return BF16 if self.is_bf16 else FP32
-
-    def tokens(self, length: int) -> int:
-        """Tokens on each GPU, of sequences of `length` tokens."""
-        return self.batch * -(-length // self.context_parallel)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerActivations:
-    """Hold the bytes that autograd keeps of one decoder layer, on one GPU.
-
-    Attributes:
-        input: the residual stream that goes in: all that "full" checkpointing keeps.
-        attention_side: of the first norm, the projections and attention, `input` (where it is kept
-            as it is) and `attended` included.
-        mlp_side: of the second norm and the MLP.
-        attended: attention's output and its log-sum-exp, which "selective" keeps too.
-        exchanged: queries, keys and values on their way to other GPUs and back, for a moment.
-    """
-
-    input: int
-    attention_side: int
-    mlp_side: int
-    attended: int
-    exchanged: int
-
-    @property
-    def total(self) -> int:
-        """All that is kept without checkpointing."""
-        return self.attention_side + self.mlp_side
-
-    def kept(self, checkpointing: str) -> int:
-        """Bytes that are kept from the forward to the backward pass."""
-        if checkpointing == "off":
-            return self.total
-        return self.input + (self.attended if checkpointing == "selective" else 0)
-
-
-def layer_activations(
-    shape: ModelShape,
-    length: int,
-    setup: TrainingSetup = TrainingSetup(),
-    pattern: SparsePattern | None = None,
-) -> LayerActivations:
-    """Return what one layer keeps for its backward pass, with e bytes an element, for each token:
-
-    - a norm: its input (e h) if compiled, else a copy of it in fp32 and the normalised one (4 h + e
-      h), and 4 bytes of the scale. Qwen3's norms of heads are not compiled;
-    - inputs of linear layers: one (e h) each for q, k, v and for gate, up together. Under autocast
-      norms give fp32, so that each projection casts an input of its own: 3 and 2 (1 if compiled);
-    - attention: q, k, v, the output (e D (2 H + 2 K)) and the log-sum-exp (4 H), as the flash
-      kernels keep them; the rotary embedding keeps nothing;
-    - the MLP: gate, up and their product (3 e i), and silu(gate) if not compiled (4 e i).
-
-    Under context parallelism a sparse layer's keys and values include those fetched (of the last
-    rank, which fetches most); a full one's q, k, v and output are those of all tokens and a share of
-    the heads, and the output is kept once more after its way back.
-
-    Args:
-        shape: the model.
-        length: tokens of one sequence.
-        setup: how it is trained.
-        pattern: what the layer sees; it matters under context parallelism only. None is full.
-    """
-    e, tokens = setup.bytes_per_element, setup.tokens(length)
-    h, width = shape.hidden_size, shape.head_dim
-    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-    norm = tokens * ((e * h if setup.compile else (FP32 + e) * h) + FP32)
-    casts = setup.casts_weights
-    qkv_inputs = tokens * e * h * (3 if casts else 1)
-    mlp_inputs = tokens * e * h * (2 if casts and not setup.compile else 1)
-    mlp = tokens * e * shape.intermediate_size * (3 if setup.compile else 4)
-    head_norms = 0
-    if shape.family == "qwen3":
-        head_norms = tokens * (heads + kv_heads) * ((FP32 + e) * width + FP32)
-    attended = tokens * heads * (e * width + FP32)
-    queries, keys = tokens * e * heads * width, 2 * tokens * e * kv_heads * width
-    extra = exchanged = 0
-    if setup.context_parallel > 1:
-        if pattern is None or pattern.is_full:
-            extra, exchanged = _full_exchange(shape, setup, tokens)
-        else:
-            fetched = setup.batch * _fetched(pattern, length, setup.context_parallel, kv_heads)
-            extra = exchanged = 2 * fetched * e * kv_heads * width
-    attention = queries + keys + attended + extra
-    return LayerActivations(
-        input=tokens * e * h,
-        attention_side=norm + qkv_inputs + head_norms + attention,
-        mlp_side=norm + mlp_inputs + mlp,
-        attended=attended,
-        exchanged=exchanged,
-    )
-
-
-def _full_exchange(shape: ModelShape, setup: TrainingSetup, tokens: int) -> tuple[int, int]:
-    """Return what a full layer keeps more, and what it has on its way, under context parallelism."""
-    # It needs torch, and planning for one GPU should not wait for it.
-    from longgen.parallel.heads import heads_obstacle, heads_per_rank
-
-    e, width, size = setup.bytes_per_element, shape.head_dim, setup.context_parallel
-    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-    if heads_obstacle(heads, kv_heads, size):
-        fetched = tokens * (size - 1) * 2 * e * kv_heads * width
-        return fetched, fetched
-    queries, keys = heads_per_rank(heads, kv_heads, size)
-    copies = size * keys - kv_heads
-    moved = size * tokens * e * width * (queries + 2 * keys)
-    return tokens * e * width * (heads + 2 * copies), moved
-
-
-def _fetched(pattern: SparsePattern, length: int, size: int, num_key_value_heads: int) -> int:
-    """Return the keys that the last of `size` ranks fetches of one document, in whole tiles."""
-    start = (size - 1) * length // size
-    most = max(
-        sum(min(stop, start) - first for first, stop in ranges if first < start)
-        for head in range(min(pattern.num_head_classes, num_key_value_heads))
-        for ranges in [pattern.key_ranges(start, length, head)]
-    )
-    return -(-most // _TILE) * _TILE
 
 
 def training_memory(
     shape: ModelShape,
     length: int,
-    setup: TrainingSetup = TrainingSetup(),
+    setup: TrainingSetup = DEFAULT_SETUP,
     plan: LayerPlan | None = None,
     coefficients: Coefficients = COEFFICIENTS,
 ) -> MemoryEstimate:
@@ -273,8 +92,8 @@ def _states(shape: ModelShape, setup: TrainingSetup) -> tuple[dict[str, int], in
 def _in_use(
     shape: ModelShape, setup: TrainingSetup, num_layers: int, coefficients: Coefficients
 ) -> int:
-    """Return the bytes of bf16 weights in hand: those that autocast made for `num_layers` layers, or
-    those that FSDP2 has gathered; the output projection stays from its forward to its backward."""
+    """Return the bytes of bf16 weights in hand: those that autocast made for `num_layers` layers,
+    or those that FSDP2 has gathered, among them the output projection's."""
     if setup.is_sharded:
         layers = coefficients.gathered_layers * shape.layer_parameters
         return setup.bytes_per_element * (layers + shape.embedding_parameters)
@@ -282,7 +101,8 @@ def _in_use(
 
 
 def _around(shape: ModelShape, length: int, setup: TrainingSetup) -> int:
-    """Return the bytes of ids, labels and positions, rotary tables, and what the last norm keeps."""
+    """Return the bytes of ids, labels, positions and rotary tables, and what the last norm
+    keeps."""
     e, h = setup.bytes_per_element, shape.hidden_size
     norm = (e * h if setup.compile else (FP32 + e) * h) + FP32
     return setup.tokens(length) * (3 * _INT64 + 2 * e * shape.head_dim + norm)
@@ -291,8 +111,8 @@ def _around(shape: ModelShape, length: int, setup: TrainingSetup) -> int:
 def _loss(
     shape: ModelShape, length: int, setup: TrainingSetup, kept: int, coefficients: Coefficients
 ) -> tuple[str, dict[str, int]]:
-    """Count the loss: hidden states and their gradient, chunks of logits, the gradient of the output
-    projection (V h in fp32, and the product that is added to it)."""
+    """Count the loss: hidden states and their gradient, chunks of logits, the gradient of the
+    output projection (V h in fp32, and the product that is added to it)."""
     e, h, tokens = setup.bytes_per_element, shape.hidden_size, setup.tokens(length)
     hidden = (e * h + FP32 * h if setup.casts_weights else e * h) + e * h
     table = shape.embedding_parameters
@@ -332,11 +152,11 @@ def _layer(
     gradients: int,
     coefficients: Coefficients,
 ) -> tuple[str, dict[str, int]]:
-    """Count the backward pass of a layer, the greater of its two halves: the MLP's, while all of the
-    layer is there, and attention's, when the MLP's half is gone.
+    """Count the backward pass of a layer, the greater of its two halves: the MLP's, while all of
+    the layer is there, and attention's, when the MLP's half is gone.
 
-    Gradients at work, with e bytes an element for each token: of what comes out (e h); in the MLP of
-    its product (e i, and as much again if not compiled); in attention of its output (e H D), the
+    Gradients at work, with e bytes an element for each token: of what comes out (e h); in the MLP
+    of its product (e i, and as much again if not compiled); in attention of its output (e H D), the
     kernels' fp32 sums of dq (4 H D), of dk and dv where heads share them (8 K D), two rows of
     factors (8 H), and dq, dk, dv (e D (H + 2 K)).
     """
@@ -361,7 +181,7 @@ def _layer(
     largest = shape.hidden_size * max(shape.intermediate_size, heads * width)
     matrix = (BF16 + FP32 * setup.accumulates) * largest if setup.is_bf16 else FP32 * largest
     if setup.is_sharded:
-        matrix += coefficients.reduced_layers * e * shape.layer_parameters
+        matrix += (e + FP32 * coefficients.reduced_layers) * shape.layer_parameters
     layers = shape.num_hidden_layers if is_kept else 1
     parts = {
         "weights in use, bf16": _in_use(shape, setup, layers, coefficients),
@@ -379,3 +199,48 @@ def _layer(
         else:
             parts["gradients, fp32"] = min(head, gradients)
     return "backward of a layer", parts
+
+
+def cheapest_that_fits(
+    shape: ModelShape,
+    length: int,
+    setup: TrainingSetup,
+    plan: LayerPlan | None,
+    memory_bytes: int,
+    *,
+    may_offload: bool = False,
+) -> TrainingSetup:
+    """Return the setup with the checkpointing that computes least again and fits by the estimate;
+    where none does, the one that takes least memory.
+
+    Args:
+        shape: the model.
+        length: tokens of one sequence.
+        setup: everything else.
+        plan: which layers are full.
+        memory_bytes: of the card.
+        may_offload: whether "full" may send what it keeps to the host's memory as a last resort.
+    """
+    choices = [replace(setup, checkpointing=name) for name in CHECKPOINTING]
+    if may_offload:
+        choices.append(replace(choices[-1], offload_activations=True))
+    for choice in choices:
+        if training_memory(shape, length, choice, plan).total <= memory_bytes:
+            return choice
+    return choices[-1]
+
+
+def offloaded_bytes(
+    shape: ModelShape, length: int, setup: TrainingSetup, plan: LayerPlan | None = None
+) -> int:
+    """Return the bytes of the host's memory that one GPU's activations take."""
+    if not setup.offload_activations or setup.checkpointing == "off":
+        return 0
+    plan = plan or full_plan(shape)
+    kept = {
+        kind: layer_activations(
+            shape, length, setup, plan.pattern_of(plan.layers.index(kind))
+        ).kept(setup.checkpointing)
+        for kind in set(plan.layers)
+    }
+    return sum(kept[kind] for kind in plan.layers)

@@ -1,8 +1,7 @@
-"""What training keeps and takes, against autograd's hooks, the profiler and a measured run."""
+"""What training takes at its peak, against the profiler and a measured run."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,105 +11,35 @@ import torch
 
 from longgen import training_memory as planning
 from longgen.accounting import RESERVE
-from longgen.bench.models import planned_config, random_model, shape_config
 from longgen.errors import UsageError
 from longgen.hf import attention as hf_attention
 from longgen.hf import head
-from longgen.parallel import attend as parallel_attend
-from longgen.parallel import collectives, ranges
-from longgen.parallel.group import ContextGroup
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
-from longgen.shapes import SHAPES, ModelShape
-from longgen.train.extend import compile_elementwise
-from longgen.training_memory import TrainingSetup, layer_activations, training_memory
-from tests import weighing
+from longgen.shapes import SHAPES
+from longgen.training_memory import cheapest_that_fits, offloaded_bytes, training_memory
+from longgen.training_setup import TrainingSetup
+from tests.weighing import (
+    AUTOCAST,
+    PLAIN,
+    SMALL,
+    TOKENS,
+    build,
+    flash_like,
+    ids,
+    loss,
+    peak_bytes,
+)
 
-CPU = torch.device("cpu")
 CONTEXT = 131072
 LLAMA = SHAPES["llama-2-7b"]
 PAPER = LayerPlan.build(32, "middle:12", SparsePattern.attention_sink())
-PATTERN = SparsePattern(block_size=16, sink_blocks=1, local_blocks=2)
-TOKENS = 1024
-SMALL = ModelShape(
-    model_type="llama",
-    hidden_size=64,
-    intermediate_size=160,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=128,
-    max_position_embeddings=TOKENS,
-)
-# How a process computes on one GPU, under FSDP2, and on a CPU.
-AUTOCAST = TrainingSetup(is_bf16=True)
-SHARDED = TrainingSetup(is_bf16=True, gpus=2)
-PLAIN = TrainingSetup(is_bf16=False)
+SMALL_PATTERN = SparsePattern(block_size=16, sink_blocks=1, local_blocks=2)
 
 
 @pytest.fixture(autouse=True)
-def flash_like(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_attention, "attention", weighing.flash_like)
-    monkeypatch.setattr(parallel_attend, "attention", weighing.flash_like)
-
-
-def build(shape: ModelShape, setup: TrainingSetup) -> Any:
-    plan = LayerPlan.build(shape.num_hidden_layers, "middle:1", PATTERN)
-    config = planned_config(shape_config(shape, TOKENS), plan)
-    dtype = torch.bfloat16 if setup.is_sharded else torch.float32
-    model = random_model(config, dtype=dtype, device=CPU, seed=0).train()
-    if setup.checkpointing == "full":
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    if setup.compile:
-        compile_elementwise(model)
-    return model
-
-
-def ids(length: int = TOKENS) -> torch.Tensor:
-    return torch.randint(0, SMALL.vocab_size, (1, length), generator=torch.manual_seed(0))
-
-
-@pytest.mark.parametrize("compile", [False, True], ids=["", "compiled"])
-@pytest.mark.parametrize("setup", [AUTOCAST, SHARDED, PLAIN], ids=["autocast", "bf16", "fp32"])
-@pytest.mark.parametrize(
-    ("family", "kv_heads"), [("llama", 2), ("llama", 4), ("qwen2", 1), ("qwen3", 2)]
-)
-def test_a_layer_keeps_what_autograd_keeps(
-    family: str, kv_heads: int, setup: TrainingSetup, compile: bool
-) -> None:
-    setup = replace(setup, compile=compile)
-    shape = replace(SMALL, model_type=family, num_key_value_heads=kv_heads)
-    kept = []
-    with weighing.partitioned_as_compiled() if compile else nullcontext():
-        for layers in (1, 3):
-            model = build(
-                replace(shape, num_hidden_layers=layers), replace(setup, checkpointing="off")
-            )
-            kept.append(
-                weighing.kept_bytes(
-                    model, lambda m=model: weighing.loss(m, ids(), autocast=setup.casts_weights)
-                )
-            )
-    weighed = (kept[1] - kept[0]) // 2
-    planned = layer_activations(shape, TOKENS, setup)
-    assert planned.total == pytest.approx(weighed, rel=0.01)
-
-
-def test_checkpointing_keeps_what_goes_into_a_layer() -> None:
-    kept = []
-    for layers in (1, 3):
-        model = build(replace(SMALL, num_hidden_layers=layers), replace(AUTOCAST, compile=False))
-        kept.append(
-            weighing.kept_bytes(model, lambda m=model: weighing.loss(m, ids(), autocast=True))
-        )
-    weighed = (kept[1] - kept[0]) / 2
-    activations = layer_activations(SMALL, TOKENS, AUTOCAST)
-    assert activations.kept("full") == 2 * 64 * TOKENS
-    # Autograd also keeps the generator's state, some KB on a CPU.
-    assert activations.kept("full") == pytest.approx(weighed, rel=0.05)
-    assert activations.kept("selective") - activations.kept("full") == activations.attended
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_attention, "attention", flash_like)
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "full"])
@@ -146,63 +75,19 @@ def check_peak(setup: TrainingSetup, monkeypatch: pytest.MonkeyPatch, folder: Pa
     monkeypatch.setattr(planning, "LOSS_CHUNK_BYTES", chunk)
     setup = replace(setup, optimizer=False)
     shape = replace(SMALL, num_hidden_layers=4)
-    model = build(shape, setup)
+    model = build(shape, setup, LayerPlan.build(4, "middle:2", SMALL_PATTERN))
 
     def step() -> None:
-        weighing.loss(model, ids(), autocast=setup.casts_weights).backward()
+        loss(model, ids(), autocast=setup.casts_weights).backward()
 
     step()
     if not setup.accumulates:
         model.zero_grad(set_to_none=True)
-    weighed = weighing.peak_bytes(step, folder)
+    weighed = peak_bytes(step, folder)
     weights = 4 * shape.num_parameters
     there = weights * (2 if setup.accumulates else 1)
     planned = training_memory(shape, TOKENS, setup).allocated - there
     assert planned == pytest.approx(weighed, rel=0.15)
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        SparsePattern.full(),
-        PATTERN,
-        SparsePattern(block_size=16, local_blocks=2, stride_blocks=4, head_shift=1),
-    ],
-    ids=str,
-)
-def test_shards_of_a_sequence_keep_what_they_exchange(
-    pattern: SparsePattern, kv_heads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last of four ranks, alone: what others would send is made up."""
-
-    def alone(rows: torch.Tensor, send: Any, receive: Any, group: Any) -> torch.Tensor:
-        return rows.new_zeros(sum(receive), *rows.shape[1:])
-
-    monkeypatch.setattr(collectives, "all_to_all", alone)
-    monkeypatch.setattr(ranges, "all_to_all", alone)
-    shape = replace(SMALL, num_key_value_heads=kv_heads)
-    setup = TrainingSetup(gpus=4, context_parallel=4, checkpointing="off", compile=False)
-    kept = []
-    for layers in (1, 3):
-        plan = LayerPlan("F" * layers if pattern.is_full else "S" * layers, pattern)
-        if pattern.is_full:
-            plan = LayerPlan("F" * layers, PATTERN)
-        config = planned_config(
-            shape_config(replace(shape, num_hidden_layers=layers), TOKENS), plan
-        )
-        model = random_model(config, dtype=torch.bfloat16, device=CPU, seed=0).train()
-        model.set_context_parallel(ContextGroup(3, 4))
-        kept.append(
-            weighing.kept_bytes(
-                model, lambda m=model: weighing.loss(m, ids(TOKENS // 4), autocast=False)
-            )
-        )
-    weighed = (kept[1] - kept[0]) // 2
-    planned = layer_activations(shape, TOKENS, setup, pattern)
-    assert planned.total == pytest.approx(weighed, rel=0.02)
-    whole = layer_activations(shape, TOKENS, replace(setup, context_parallel=1)).total
-    assert planned.total > whole // 4
 
 
 def test_the_demos_run_on_an_h200_is_planned_within_5_percent() -> None:
@@ -244,6 +129,30 @@ def test_a_longer_sequence_over_more_gpus_takes_as_much() -> None:
     one = training_memory(LLAMA, 8192, TrainingSetup(gpus=8))
     batch = training_memory(LLAMA, 4096, TrainingSetup(gpus=8, batch=2))
     assert one.parts == batch.parts
+
+
+def test_what_is_computed_again_is_as_little_as_fits() -> None:
+    setup = TrainingSetup(gpus=8, context_parallel=8)
+
+    def chosen(memory_bytes: int, **how: bool) -> tuple[str, bool]:
+        found = cheapest_that_fits(LLAMA, CONTEXT, setup, PAPER, memory_bytes, **how)
+        return found.checkpointing, found.offload_activations
+
+    need = {
+        name: training_memory(LLAMA, CONTEXT, replace(setup, checkpointing=name), PAPER).total
+        for name in ("off", "selective", "full")
+    }
+    for name, size in need.items():
+        assert chosen(size) == (name, False)
+    assert chosen(need["full"] - 1) == ("full", False)
+    assert chosen(need["full"] - 1, may_offload=True) == ("full", True)
+
+
+def test_what_is_offloaded_is_what_would_be_kept() -> None:
+    setup = TrainingSetup(gpus=8, context_parallel=8, offload_activations=True)
+    there = 32 * 2 * LLAMA.hidden_size * CONTEXT // 8
+    assert offloaded_bytes(LLAMA, CONTEXT, setup, PAPER) == there
+    assert offloaded_bytes(LLAMA, CONTEXT, replace(setup, offload_activations=False)) == 0
 
 
 def test_what_makes_no_sense_is_refused() -> None:

@@ -12,6 +12,29 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from longgen.bench.models import planned_config, random_model, shape_config
+from longgen.plan import LayerPlan
+from longgen.shapes import ModelShape
+from longgen.train.extend import compile_elementwise
+from longgen.training_setup import TrainingSetup
+
+TOKENS = 1024
+SMALL = ModelShape(
+    model_type="llama",
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=128,
+    max_position_embeddings=TOKENS,
+)
+# How a process computes on one GPU, under FSDP2, and on a CPU.
+AUTOCAST = TrainingSetup(is_bf16=True)
+SHARDED = TrainingSetup(is_bf16=True, gpus=2)
+PLAIN = TrainingSetup(is_bf16=False)
+
 
 class FlashLike(torch.autograd.Function):
     """Keep and take what the flash kernels do (longgen/attention/flash/ops.py and hopper.py), and
@@ -37,6 +60,24 @@ class FlashLike(torch.autograd.Function):
 def flash_like(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> torch.Tensor:
     """Stand in for `longgen.attention.attention`."""
     return FlashLike.apply(q, k, v)
+
+
+def build(shape: ModelShape, setup: TrainingSetup, plan: LayerPlan) -> Any:
+    """Return a model with random weights, as a setup trains it."""
+    config = planned_config(shape_config(shape, TOKENS), plan)
+    dtype = torch.bfloat16 if setup.is_sharded else torch.float32
+    model = random_model(config, dtype=dtype, device=torch.device("cpu"), seed=0).train()
+    if setup.checkpointing == "full":
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if setup.compile:
+        compile_elementwise(model)
+    return model
+
+
+def ids(length: int = TOKENS) -> torch.Tensor:
+    """Return random tokens (1, length)."""
+    return torch.randint(0, SMALL.vocab_size, (1, length), generator=torch.manual_seed(0))
 
 
 def loss(model: Any, ids: torch.Tensor, *, autocast: bool) -> torch.Tensor:
@@ -88,7 +129,7 @@ def peak_bytes(run: Callable[[], object], folder: Path) -> int:
 
 @contextmanager
 def partitioned_as_compiled() -> Iterator[None]:
-    """Have `Module.compile` split forward and backward as the compiler does, without its kernels."""
+    """Have `Module.compile` split forward and backward as the compiler does, without kernels."""
     torch._dynamo.reset()
     compile = torch.nn.Module.compile
 

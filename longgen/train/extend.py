@@ -50,7 +50,8 @@ from longgen.train.trainer import (
     TrainingSequences,
     newest_checkpoint,
 )
-from longgen.training_memory import TrainingSetup, training_memory
+from longgen.training_memory import training_memory
+from longgen.training_setup import TrainingSetup
 
 
 def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> dict[str, Any]:
