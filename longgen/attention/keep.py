@@ -3,8 +3,8 @@ keys and values are recomputed.
 
 `torch.utils.checkpoint` runs a layer again in the backward pass. Under `keep_attention` that second
 run gets the output of the first instead of attending, and the kernel's own backward pass gets what
-the first run kept. It works at the boundary of `attention()`, so with every implementation, compiled
-ones too: nothing has to be known of their operators.
+the first run kept. It works at the boundary of `attention()`, so with every implementation,
+compiled ones too: nothing has to be known of their operators.
 """
 
 from __future__ import annotations
