@@ -51,7 +51,7 @@ def training_memory(
     }
     fixed, gradients = _states(shape, setup)
     kept = [layers[kind].kept(setup.checkpointing) for kind in plan.layers]
-    if setup.checkpointing != "off" and setup.offload_activations:
+    if setup.checkpointing != "off" and setup.offload:
         # Two layers' are on their way to the host or back.
         kept = [2 * max(kept)]
     phases = [
@@ -104,7 +104,7 @@ def _around(shape: ModelShape, length: int, setup: TrainingSetup) -> int:
     """Return the bytes of ids, labels, positions and rotary tables, and what the last norm
     keeps."""
     e, h = setup.bytes_per_element, shape.hidden_size
-    norm = (e * h if setup.compile else (FP32 + e) * h) + FP32
+    norm = (e * h if setup.compiles_last_norm else (FP32 + e) * h) + FP32
     return setup.tokens(length) * (3 * _INT64 + 2 * e * shape.head_dim + norm)
 
 
@@ -132,7 +132,7 @@ def _last_norm(
     shape: ModelShape, length: int, setup: TrainingSetup, kept: int, coefficients: Coefficients
 ) -> tuple[str, dict[str, int]]:
     """Count the backward pass of the last norm; compiled it takes less than the loss did."""
-    copies = 0.0 if setup.compile else coefficients.norm_backward
+    copies = 0.0 if setup.compiles_last_norm else coefficients.norm_backward
     layers = shape.num_hidden_layers if setup.checkpointing == "off" else 0
     table = FP32 * shape.embedding_parameters
     return "backward of the last norm", {
@@ -193,7 +193,7 @@ def _layer(
         # Gradients come as activations go: the peak is at one end.
         head = FP32 * shape.embedding_parameters
         gone = kept - kept_each
-        if gradients - gone > head and not is_kept and not setup.offload_activations:
+        if gradients - gone > head and not is_kept and not setup.offload:
             parts["activations kept"] -= gone
             parts["gradients, fp32"] = gradients
         else:
@@ -221,9 +221,11 @@ def cheapest_that_fits(
         memory_bytes: of the card.
         may_offload: whether "full" may send what it keeps to the host's memory as a last resort.
     """
-    choices = [replace(setup, checkpointing=name) for name in CHECKPOINTING]
+    # Without checkpointing there is nothing to offload.
+    names = CHECKPOINTING[1:] if setup.offload else CHECKPOINTING
+    choices = [replace(setup, checkpointing=name) for name in names]
     if may_offload:
-        choices.append(replace(choices[-1], offload_activations=True))
+        choices.append(replace(choices[-1], offload=True))
     for choice in choices:
         if training_memory(shape, length, choice, plan).total <= memory_bytes:
             return choice
@@ -234,7 +236,7 @@ def offloaded_bytes(
     shape: ModelShape, length: int, setup: TrainingSetup, plan: LayerPlan | None = None
 ) -> int:
     """Return the bytes of the host's memory that one GPU's activations take."""
-    if not setup.offload_activations or setup.checkpointing == "off":
+    if not setup.offload or setup.checkpointing == "off":
         return 0
     plan = plan or full_plan(shape)
     kept = {

@@ -23,7 +23,7 @@ class TrainingSetup:
             them whole on each; "auto" shards where there are several.
         checkpointing: "full" keeps what goes into each layer and computes the rest again,
             "selective" keeps the output of attention too, "off" keeps everything.
-        offload_activations: whether what "full" and "selective" keep goes to the host's memory.
+        offload: whether what "full" and "selective" keep goes to the host's memory.
         compile: whether norms and MLPs are compiled.
         is_bf16: whether layers compute in bf16, over weights in fp32; otherwise in fp32.
         optimizer: whether AdamW's moments exist.
@@ -35,7 +35,7 @@ class TrainingSetup:
     context_parallel: int = 1
     sharding: str = "auto"
     checkpointing: str = "full"
-    offload_activations: bool = False
+    offload: bool = False
     compile: bool = True
     is_bf16: bool = True
     optimizer: bool = True
@@ -68,6 +68,11 @@ class TrainingSetup:
     def bytes_per_element(self) -> int:
         """Bytes of an activation."""
         return BF16 if self.is_bf16 else FP32
+
+    @property
+    def compiles_last_norm(self) -> bool:
+        """Whether the norm behind the layers is compiled too; FSDP2 has hooks on it."""
+        return self.compile and not self.is_sharded
 
     def tokens(self, length: int) -> int:
         """Tokens on each GPU, of sequences of `length` tokens."""

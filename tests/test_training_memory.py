@@ -118,7 +118,7 @@ def test_the_more_is_kept_the_more_it_takes() -> None:
 
     sizes = [total(checkpointing=name) for name in ("full", "selective", "off")]
     assert sizes == sorted(sizes) and len(set(sizes)) == 3
-    assert total(offload_activations=True) < sizes[0]
+    assert total(offload=True) < sizes[0]
     assert total(compile=False) > sizes[0]
     estimate = training_memory(LLAMA, CONTEXT, TrainingSetup(), PAPER)
     assert estimate.allocated == max(estimate.phases.values())
@@ -136,7 +136,7 @@ def test_what_is_computed_again_is_as_little_as_fits() -> None:
 
     def chosen(memory_bytes: int, **how: bool) -> tuple[str, bool]:
         found = cheapest_that_fits(LLAMA, CONTEXT, setup, PAPER, memory_bytes, **how)
-        return found.checkpointing, found.offload_activations
+        return found.checkpointing, found.offload
 
     need = {
         name: training_memory(LLAMA, CONTEXT, replace(setup, checkpointing=name), PAPER).total
@@ -149,10 +149,10 @@ def test_what_is_computed_again_is_as_little_as_fits() -> None:
 
 
 def test_what_is_offloaded_is_what_would_be_kept() -> None:
-    setup = TrainingSetup(gpus=8, context_parallel=8, offload_activations=True)
+    setup = TrainingSetup(gpus=8, context_parallel=8, offload=True)
     there = 32 * 2 * LLAMA.hidden_size * CONTEXT // 8
     assert offloaded_bytes(LLAMA, CONTEXT, setup, PAPER) == there
-    assert offloaded_bytes(LLAMA, CONTEXT, replace(setup, offload_activations=False)) == 0
+    assert offloaded_bytes(LLAMA, CONTEXT, replace(setup, offload=False)) == 0
 
 
 def test_what_makes_no_sense_is_refused() -> None:

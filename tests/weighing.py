@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from longgen.bench.models import planned_config, random_model, shape_config
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
-from longgen.train.extend import compile_elementwise
+from longgen.train.loop import compile_elementwise
 from longgen.training_setup import TrainingSetup
 
 TOKENS = 1024

@@ -85,7 +85,7 @@ def plan(
     batch_tokens: BatchTokensOption = None,
     context_parallel: ContextParallelOption = None,
     checkpointing: CheckpointingOption = None,
-    offload_activations: OffloadOption = None,
+    offload: OffloadOption = None,
     sharding: ShardingOption = None,
     compile: CompileOption = None,
     tokens: BudgetOption = None,
@@ -115,7 +115,7 @@ def plan(
     training = TrainOptions(
         context_parallel=context_parallel,
         checkpointing=checkpointing,
-        offload_activations=offload_activations,
+        offload=offload,
         sharding=sharding,
         compile=compile,
         batch_tokens=batch_tokens,

@@ -75,7 +75,7 @@ CheckpointingOption = Annotated[
 OffloadOption = Annotated[
     bool | None,
     typer.Option(
-        "--offload-activations/--no-offload-activations",
+        "--offload/--no-offload",
         help="Send what is kept to the host's memory. [default: off]",
         rich_help_panel=_PANEL,
     ),
@@ -134,7 +134,7 @@ class TrainOptions:
 
     context_parallel: int | None = None
     checkpointing: str | None = None
-    offload_activations: bool | None = None
+    offload: bool | None = None
     sharding: str | None = None
     compile: bool | None = None
     batch_tokens: str | None = None
@@ -197,7 +197,7 @@ class Recipe:
             train=TrainOptions(
                 context_parallel=found.get("context_parallel"),
                 checkpointing=_SWITCH.get(str(checkpointing), checkpointing),
-                offload_activations=found.get("offload_activations"),
+                offload=found.get("offload"),
                 sharding=found.get("sharding"),
                 compile=switch.get(str(found.get("compile"))),
                 batch_tokens=text["batch_tokens"],
@@ -251,7 +251,7 @@ def training_figures(
         context_parallel=options.context_parallel or 1,
         sharding=options.sharding or "auto",
         checkpointing="full" if checkpointing == "auto" else checkpointing,
-        offload_activations=bool(options.offload_activations),
+        offload=bool(options.offload),
         compile=options.compile is not False,
     )
     groups = gpus.count // setup.context_parallel
@@ -263,7 +263,7 @@ def training_figures(
         )
     sequences = batch_tokens // context
     setup = replace(setup, accumulates=sequences > groups * batch)
-    if checkpointing == "auto" and not setup.offload_activations:
+    if checkpointing == "auto" and not setup.offload:
         setup = cheapest_that_fits(shape, context, setup, plan, gpus.gpu.memory_bytes)
     memory = training_memory(shape, context, setup, plan)
     step = training_time(shape, plan, context, gpus, setup, sequences)
@@ -342,7 +342,7 @@ def print_training(console: Console, figures: dict[str, Any]) -> None:
         words.append(f"{setup['context_parallel']} GPUs share a sequence")
     words.append(f"checkpointing {setup['checkpointing']}")
     words += [setup["sharding"]] if setup["sharding"] else []
-    words += ["activations in host memory"] if setup["offload_activations"] else []
+    words += ["activations in host memory"] if setup["offload"] else []
     console.print(", ".join(words))
     verdict = ("fits", "bold green") if memory["fits"] else ("does not fit", "bold red")
     total = f"{'Memory per GPU':<34}{format_bytes(memory['total']):>12}   "
