@@ -340,9 +340,11 @@ def print_training(console: Console, figures: dict[str, Any]) -> None:
     words = [f"{training['batch_tokens']:,} tokens a step"]
     if setup["context_parallel"] > 1:
         words.append(f"{setup['context_parallel']} GPUs share a sequence")
-    words.append(f"checkpointing {setup['checkpointing']}")
-    words += [setup["sharding"]] if setup["sharding"] else []
-    words += ["activations in host memory"] if setup["offload"] else []
+    console.print(", ".join(words))
+    words = [f"checkpointing {setup['checkpointing']}"]
+    words += ["kept in host memory"] if setup["offload"] else []
+    words += [f"sharding {setup['sharding']}"] if setup["sharding"] else []
+    words += [] if setup["compile"] else ["not compiled"]
     console.print(", ".join(words))
     verdict = ("fits", "bold green") if memory["fits"] else ("does not fit", "bold red")
     total = f"{'Memory per GPU':<34}{format_bytes(memory['total']):>12}   "
