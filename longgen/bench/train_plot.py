@@ -134,7 +134,8 @@ def _panel(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
     else:
-        axes.set_ylim(bottom=0)
+        # From 0, with room above the highest marker.
+        axes.set_ylim(0, 1.12 * max(value(row) or 0.0 for row in rows))
     length_axis(axes, lengths, right=1.9 if len(lengths) < 4 else 2.4)
     axes.set_ylabel(ylabel)
     tidy(axes)
