@@ -187,9 +187,7 @@ def _fit(config: ExtendConfig, shape: ModelShape, processes: Processes) -> tuple
     """Choose how the model is held, and check memory; returns the choice and the estimated
     bytes."""
     gpus = machine_gpus()
-    sharding = choose_sharding(
-        config.sharding, processes.count, on_gpu=torch.cuda.is_available()
-    )
+    sharding = choose_sharding(config.sharding, processes.count, on_gpu=torch.cuda.is_available())
     tokens = config.context // config.context_parallel
 
     def estimate(recompute: str) -> MemoryEstimate:
