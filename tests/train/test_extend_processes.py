@@ -116,16 +116,20 @@ def test_a_run_of_four_killed_while_it_saves_goes_on_with_two_or_one(settings: S
 
 
 def test_a_run_of_one_goes_on_with_two_that_share_the_model(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+    settings: Settings,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, begun = settings("whole"), settings("begun")
+    base = str(make_checkpoint(tmp_path / "tied", tie_word_embeddings=True))
+    whole, begun = (settings(name, model=base) for name in ("whole", "begun"))
     extend_by_sgd(0, whole)
 
     def cut(*args: Any) -> None:
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        # After the checkpoint's last part, before its mark.
+        # Right after the mark of the first checkpoint.
         patch.setattr("longgen.train.trainer.mark_whole", lambda *args: mark_whole(*args) or cut())
         with pytest.raises(RuntimeError):
             extend_by_sgd(0, begun)
