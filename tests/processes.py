@@ -21,6 +21,42 @@ def run_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list
     The environment is torchrun's, so that what runs under it runs here. `work` must be importable
     by name, and what it returns must pickle.
     """
+    pipes, processes = _start(count, work, arguments)
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < count:
+            ready = connection.wait([p for r, p in enumerate(pipes) if r not in results], _SECONDS)
+            assert ready, f"processes do not answer; {sorted(results)} of {count} have"
+            for rank in (pipes.index(pipe) for pipe in ready):
+                done, result = pipes[rank].recv()
+                assert done, f"process {rank} of {count} failed:\n{result}"
+                results[rank] = result
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.kill()
+    return [results[rank] for rank in range(count)]
+
+
+def run_until_killed(count: int, work: Callable[..., Any], *arguments: Any) -> list[int | None]:
+    """Run `work(rank, *arguments)` in `count` processes until one has ended, then kill the others,
+    as torchrun does, and return how each ended."""
+    _, processes = _start(count, work, arguments)
+    try:
+        connection.wait([process.sentinel for process in processes], _SECONDS)
+    finally:
+        for process in processes:
+            process.kill()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _start(
+    count: int, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[list[connection.Connection], list[Any]]:
+    """Start the processes, and return where each sends its result."""
     # One process imports everything and is then copied, which takes milliseconds a copy.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["longgen.train.extend", "accelerate", "torch._dynamo"])
@@ -37,21 +73,7 @@ def run_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list
         theirs.close()
         pipes.append(ours)
         processes.append(process)
-    results: dict[int, Any] = {}
-    try:
-        while len(results) < count:
-            ready = connection.wait([p for r, p in enumerate(pipes) if r not in results], _SECONDS)
-            assert ready, f"processes do not answer; {sorted(results)} of {count} have"
-            for rank in (pipes.index(pipe) for pipe in ready):
-                done, result = pipes[rank].recv()
-                assert done, f"process {rank} of {count} failed:\n{result}"
-                results[rank] = result
-        for process in processes:
-            process.join()
-    finally:
-        for process in processes:
-            process.kill()
-    return [results[rank] for rank in range(count)]
+    return pipes, processes
 
 
 def _run(

@@ -90,10 +90,10 @@ class _Saved:
     """Stand between a kernel's autograd node and what it saves: what lies in the memory of q, k
     and v comes from `_Anchor`, that is, from recomputation; all else is held."""
 
-    def __init__(self, inputs: tuple[Tensor, ...], hold: Hold) -> None:
+    def __init__(self, inputs: tuple[Tensor, ...], node: Any, hold: Hold) -> None:
         self.hold = hold
-        # The node, not the tensors: these would stay in memory.
-        self.node: Any = inputs[0].grad_fn
+        # The node of `_Anchor`, not the tensors: these would stay in memory.
+        self.node = node
         self.places = [_geometry(x) for x in inputs]
         self.held: dict[tuple[Any, ...], tuple[Tensor, Callable[[], Tensor]]] = {}
         self.recomputed: tuple[Tensor, ...] | None = None
@@ -141,14 +141,14 @@ def attend_once(
     if within is None or not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return compute(q, k, v)
     layer = within.layer
-    inputs = _Anchor.apply(q, k, v)
+    anchored = _Anchor.apply(q, k, v)
     if within.again:
         kept = tuple(get().detach().requires_grad_() for get in layer.outputs[layer.played])
         layer.played += 1
         return kept if len(kept) > 1 else kept[0]
-    saved = _Saved(inputs, layer.hold)
+    saved = _Saved((q, k, v), anchored[0].grad_fn, layer.hold)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda get: get()):
-        result = compute(*inputs)
+        result = compute(*anchored)
     outputs = result if isinstance(result, tuple) else (result,)
     layer.outputs.append(tuple(saved.keep(x) for x in outputs))
     saved.held.clear()

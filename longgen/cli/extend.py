@@ -221,7 +221,7 @@ def extend(
         bool | None,
         _option(
             "offload",
-            "Hold what recomputation starts from in host memory: for 512K tokens and more on a GPU.",
+            "Hold what recomputation starts from in host memory; for 512K tokens and more a GPU.",
             _MACHINE,
         ),
     ] = None,

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
@@ -18,6 +20,8 @@ from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.processes import Processes
+from longgen.train.recompute import set_recompute
+from longgen.train.sharding import empty_model, shard_model
 from longgen.train.trainer import LongGenTrainer, Progress, TrainingSequences
 
 CONTEXT, STEPS, SEQUENCES = 128, 6, 4
@@ -30,7 +34,9 @@ class Training:
     pattern: SparsePattern
     heads: tuple[int, int]
     packed: bool
-    checkpointing: bool
+    recompute: str = "off"
+    offload: bool = False
+    tied: bool = False
     full_mode: str = "auto"
 
 
@@ -81,18 +87,53 @@ def make_model(run: Training) -> Any:
         layer_types=LayerPlan.build(3).layer_types,
         longgen={"pattern": run.pattern.to_dict()},
         use_cache=False,
+        tie_word_embeddings=run.tied,
     )
     return LongGenLlamaForCausalLM(config).float()
 
 
-def train(run: Training, processes: Processes) -> dict[str, Any]:
-    """Train, and return the logged losses, the tokens counted and the weights."""
+class Arguments(TrainingArguments):
+    """Leave the model where it is: FSDP2 has put its parts there."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        return False
+
+
+class CallCounter(TorchDispatchMode):
+    """Count the attention kernels that run, forward and backward, recomputation included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.__name__
+        if "attention" in name:
+            self.backward += "backward" in name
+            self.forward += "backward" not in name
+        return function(*args, **(kwargs or {}))
+
+
+def train(run: Training, processes: Processes, sharding: str = "ddp") -> dict[str, Any]:
+    """Train, and return the logged losses, the tokens counted, the calls of attention kernels and
+    the weights."""
     model = make_model(run)
+    if sharding == "fsdp":
+        whole = model.state_dict()
+        model = shard_model(
+            empty_model(model.config), lambda: whole, device_type="cpu", dtype=None
+        ).train()
+        # Each process really holds a part.
+        assert {type(p).__name__ for p in model.parameters()} == {"DTensor"}
+    set_recompute(model, run.recompute, offload=run.offload, smallest_bytes=0)
     group = processes.group
     if group is not None:
         group = ContextGroup(group.rank, group.size, group.process_group, run.full_mode)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        arguments = Arguments(
             output_dir=folder,
             max_steps=STEPS,
             per_device_train_batch_size=1,
@@ -111,8 +152,6 @@ def train(run: Training, processes: Processes) -> dict[str, Any]:
         )
         losses = Losses()
         shards = processes.context_parallel
-        if run.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer = LongGenTrainer(
             model=model,
             args=arguments,
@@ -127,16 +166,23 @@ def train(run: Training, processes: Processes) -> dict[str, Any]:
         trainer.progress = Progress(
             shape, plan, Path(folder), 1, None, lambda line: None, processes
         )
-        trainer.train()
+        with CallCounter() as calls:
+            trainer.train()
         tokens, flops = processes.sum([trainer.progress.tokens, trainer.progress.flops])
     return {
         "logged": losses.logged,
         "tokens": tokens / shards,
         "flops": flops / shards,
-        "weights": {name: value.numpy() for name, value in model.state_dict().items()},
+        "calls": (calls.forward, calls.backward),
+        "weights": {name: whole_tensor(value) for name, value in model.state_dict().items()},
     }
 
 
-def train_all(rank: int, runs: list[tuple[Training, int]]) -> list[dict[str, Any]]:
-    """Do every run with its size of the context-parallel groups."""
-    return [train(run, Processes.start(size)) for run, size in runs]
+def whole_tensor(value: torch.Tensor) -> np.ndarray:
+    """Put a tensor's parts together; every process must call it."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).numpy()
+
+
+def train_all(rank: int, runs: list[tuple[Training, int, str]]) -> list[dict[str, Any]]:
+    """Do every run with its size of the context-parallel groups and its sharding."""
+    return [train(run, Processes.start(size), sharding) for run, size, sharding in runs]
