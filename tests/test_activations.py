@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from longgen.activations import layer_activations
-from longgen.hf import attention as hf_attention
-from longgen.parallel import attend as parallel_attend
 from longgen.parallel import collectives, ranges
 from longgen.parallel.group import ContextGroup
 from longgen.pattern import SparsePattern
@@ -24,20 +22,19 @@ from tests.weighing import (
     SMALL,
     TOKENS,
     build,
-    flash_like,
     ids,
     kept_bytes,
     loss,
     partitioned_as_compiled,
+    stand_in,
 )
 
 PATTERN = SparsePattern(block_size=16, sink_blocks=1, local_blocks=2)
 
 
 @pytest.fixture(autouse=True)
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_attention, "attention", flash_like)
-    monkeypatch.setattr(parallel_attend, "attention", flash_like)
+def no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["", "compiled"])
@@ -94,11 +91,12 @@ def test_shards_of_a_sequence_keep_what_they_exchange(
 ) -> None:
     """The last of four ranks, alone: what others would send is made up."""
 
-    def alone(rows: torch.Tensor, send: Any, receive: Any, group: Any) -> torch.Tensor:
-        return rows.new_zeros(sum(receive), *rows.shape[1:])
+    def alone(rows: torch.Tensor, send: Any, receive: Any, group: Any) -> Any:
+        received = rows.new_zeros(sum(receive), *rows.shape[1:])
+        return lambda: received
 
-    monkeypatch.setattr(collectives, "all_to_all", alone)
-    monkeypatch.setattr(ranges, "all_to_all", alone)
+    for module in (collectives, ranges):
+        monkeypatch.setattr(module, "begin_all_to_all", alone)
     shape = replace(SMALL, num_key_value_heads=kv_heads)
     setup = TrainingSetup(gpus=4, context_parallel=4, checkpointing="off", compile=False)
     kept = []

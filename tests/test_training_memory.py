@@ -11,8 +11,8 @@ import torch
 
 from longgen import training_memory as planning
 from longgen.accounting import RESERVE
+from longgen.activations import layer_activations
 from longgen.errors import UsageError
-from longgen.hf import attention as hf_attention
 from longgen.hf import head
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
@@ -25,10 +25,10 @@ from tests.weighing import (
     SMALL,
     TOKENS,
     build,
-    flash_like,
     ids,
     loss,
     peak_bytes,
+    stand_in,
 )
 
 CONTEXT = 131072
@@ -38,11 +38,11 @@ SMALL_PATTERN = SparsePattern(block_size=16, sink_blocks=1, local_blocks=2)
 
 
 @pytest.fixture(autouse=True)
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_attention, "attention", flash_like)
+def no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "full"])
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
 @pytest.mark.parametrize("setup", [AUTOCAST, PLAIN], ids=["autocast", "fp32"])
 @pytest.mark.parametrize("accumulates", [False, True], ids=["", "accumulates"])
 def test_the_peak_is_that_of_a_profiled_step(
@@ -60,13 +60,32 @@ def test_the_peak_is_that_of_a_profiled_step(
     )
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "full"])
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
 def test_the_peak_of_compiled_layers(
     checkpointing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     torch._dynamo.reset()
     check_peak(replace(AUTOCAST, checkpointing=checkpointing), monkeypatch, tmp_path)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_a_layer_more_adds_what_it_keeps(checkpointing: str, tmp_path: Path) -> None:
+    setup = replace(AUTOCAST, checkpointing=checkpointing, compile=False)
+    peaks = []
+    for layers in (2, 6):
+        plan = LayerPlan.build(layers, "middle:1", SMALL_PATTERN)
+        model = build(replace(SMALL, num_hidden_layers=layers), setup, plan)
+
+        def step(model: Any = model) -> None:
+            loss(model, ids(), autocast=True).backward()
+
+        # The second time gradients are there already: in layers' turn they would come as
+        # activations go.
+        step()
+        peaks.append(peak_bytes(step, tmp_path))
+    kept = layer_activations(SMALL, TOKENS, setup).kept(checkpointing)
+    assert kept == pytest.approx((peaks[1] - peaks[0]) / 4, rel=0.05)
 
 
 def check_peak(setup: TrainingSetup, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

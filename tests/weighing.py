@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from longgen.attention import api
 from longgen.bench.models import planned_config, random_model, shape_config
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.loop import compile_elementwise
+from longgen.train.recompute import set_recompute
 from longgen.training_setup import TrainingSetup
 
 TOKENS = 1024
@@ -57,9 +60,17 @@ class FlashLike(torch.autograd.Function):
         return torch.zeros(q.shape, dtype=q.dtype), dk, dv
 
 
-def flash_like(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> torch.Tensor:
-    """Stand in for `longgen.attention.attention`."""
-    return FlashLike.apply(q, k, v)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put `FlashLike` in the place of what `longgen.attention.attention` chooses on a CPU."""
+
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> torch.Tensor:
+        return FlashLike.apply(q, k, v)
+
+    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> Any:
+        return FlashLike.apply(q, k, v), None
+
+    monkeypatch.setattr(api, "dense_attention", dense)
+    monkeypatch.setitem(api._MASKED, "blocked", masked)
 
 
 def build(shape: ModelShape, setup: TrainingSetup, plan: LayerPlan) -> Any:
@@ -67,9 +78,7 @@ def build(shape: ModelShape, setup: TrainingSetup, plan: LayerPlan) -> Any:
     config = planned_config(shape_config(shape, TOKENS), plan)
     dtype = torch.bfloat16 if setup.is_sharded else torch.float32
     model = random_model(config, dtype=dtype, device=torch.device("cpu"), seed=0).train()
-    if setup.checkpointing == "full":
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    set_recompute(model, setup.checkpointing)
     if setup.compile:
         compile_elementwise(model)
     return model
