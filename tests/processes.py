@@ -15,13 +15,16 @@ import torch
 _SECONDS = 300
 
 
-def run_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_processes(
+    count: int, work: Callable[..., Any], *arguments: Any, on_gpus: bool = False
+) -> list[Any]:
     """Run `work(rank, *arguments)` in `count` processes, and return what each returned.
 
-    The environment is torchrun's, so that what runs under it runs here. `work` must be importable
-    by name, and what it returns must pickle.
+    The environment is torchrun's, so that what runs under it runs here; one process has none.
+    `work` must be importable by name, and what it returns must pickle. With `on_gpus` each process
+    sees the first `count` GPUs, else none.
     """
-    pipes, processes = _start(count, work, arguments)
+    pipes, processes = _start(count, work, arguments, on_gpus)
     results: dict[int, Any] = {}
     try:
         while len(results) < count:
@@ -54,7 +57,7 @@ def run_until_killed(count: int, work: Callable[..., Any], *arguments: Any) -> l
 
 
 def _start(
-    count: int, work: Callable[..., Any], arguments: tuple[Any, ...]
+    count: int, work: Callable[..., Any], arguments: tuple[Any, ...], on_gpus: bool = False
 ) -> tuple[list[connection.Connection], list[Any]]:
     """Start the processes, and return where each sends its result."""
     # One process imports everything and is then copied, which takes milliseconds a copy.
@@ -67,7 +70,7 @@ def _start(
     for rank in range(count):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_run, args=(rank, count, port, theirs, work, arguments), daemon=True
+            target=_run, args=(rank, count, port, theirs, work, arguments, on_gpus), daemon=True
         )
         process.start()
         theirs.close()
@@ -83,16 +86,18 @@ def _run(
     pipe: Any,
     work: Callable[..., Any],
     arguments: tuple[Any, ...],
+    on_gpus: bool,
 ) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(count),
-        LOCAL_WORLD_SIZE=str(count),
-        CUDA_VISIBLE_DEVICES="",
-    )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(count))) if on_gpus else ""
+    if count > 1:
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(count),
+            LOCAL_WORLD_SIZE=str(count),
+        )
     torch.set_num_threads(1)
     try:
         answer = (True, work(rank, *arguments))
