@@ -60,23 +60,42 @@ def _start(
     count: int, work: Callable[..., Any], arguments: tuple[Any, ...], on_gpus: bool = False
 ) -> tuple[list[connection.Connection], list[Any]]:
     """Start the processes, and return where each sends its result."""
-    # One process imports everything and is then copied, which takes milliseconds a copy.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["longgen.train.extend", "accelerate", "torch._dynamo"])
+    if on_gpus:
+        # What has looked for GPUs cannot be copied.
+        context: Any = multiprocessing.get_context("spawn")
+    else:
+        # One process imports everything and is then copied, which takes milliseconds a copy.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["longgen.train.extend", "accelerate", "torch._dynamo"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes, processes = [], []
-    for rank in range(count):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_run, args=(rank, count, port, theirs, work, arguments, on_gpus), daemon=True
-        )
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = _visible(before, count if on_gpus else 0)
+    try:
+        for rank in range(count):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_run, args=(rank, count, port, theirs, work, arguments), daemon=True
+            )
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
     return pipes, processes
+
+
+def _visible(devices: str | None, count: int) -> str:
+    """Return the first `count` of the GPUs that are visible here, as CUDA_VISIBLE_DEVICES has
+    them."""
+    known = devices.split(",") if devices else [str(index) for index in range(count)]
+    return ",".join(known[:count])
 
 
 def _run(
@@ -86,9 +105,7 @@ def _run(
     pipe: Any,
     work: Callable[..., Any],
     arguments: tuple[Any, ...],
-    on_gpus: bool,
 ) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(count))) if on_gpus else ""
     if count > 1:
         os.environ.update(
             MASTER_ADDR="127.0.0.1",

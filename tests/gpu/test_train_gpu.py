@@ -3,8 +3,11 @@ keep for the backward pass changes no gradient."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from longgen.attention import api, attention
 from longgen.attention.flash import flash_obstacle
 from longgen.attention.keep import keep_attention
-from longgen.hf.head import fused_loss, linear_cross_entropy, liger_loss
+from longgen.checkpoint import load_model
+from longgen.hf.head import fused_loss, liger_loss, linear_cross_entropy
 from longgen.layout import Layout, Run
 from longgen.pattern import SparsePattern
+from longgen.train.config import ExtendConfig
 from longgen.train.recompute import to_host
 from tests.processes import run_processes
+from tests.train.extending import extend_twice
 from tests.train.work import Training, make_model, train_all
 
 pytestmark = [
@@ -74,16 +80,61 @@ def test_two_gpus_equal_one() -> None:
         assert ranks[1][index]["logged"] == found["logged"], case
         for one, other in zip(expected["logged"], found["logged"], strict=True):
             # In bf16 activations are rounded to 2 ** -8, after other sums.
-            assert other[0] == pytest.approx(one[0], rel=1e-2 if bf16 else 2e-6), case
+            assert other[0] == pytest.approx(one[0], rel=1e-2 if bf16 else 1e-5), case
         before = make_model(RUNS[name]).state_dict()
         for key, weight in expected["weights"].items():
             assert np.array_equal(found["weights"][key], ranks[1][index]["weights"][key]), case
-            error = np.abs(found["weights"][key] - weight).max()
-            moved = np.abs(weight - before[key].numpy()).max()
-            assert moved > 0, (case, key)
-            # Sums over tokens in other orders; in bf16 a share of the way that was gone.
-            bound = 0.3 * moved if bf16 else 5e-6 * np.abs(weight).max()
-            assert error <= bound, (case, key, error, bound)
+            way, other = (w - before[key].numpy() for w in (weight, found["weights"][key]))
+            assert np.abs(way).max() > 0, (case, key)
+            if not bf16:
+                # Gradients to a thousandth; weights themselves are rounded to fp32 at each step.
+                bound = 1e-3 * np.abs(way).max() + 1e-6 * np.abs(weight).max()
+                assert np.abs(way - other).max() <= bound, (case, key)
+            elif weight.ndim == 2:
+                cosine = (way * other).sum() / np.sqrt((way**2).sum() * (other**2).sum())
+                assert cosine > 0.98, (case, key, cosine)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_a_run_on_two_gpus_is_interrupted_and_resumed(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`longgen extend` as it is: compiled, in bf16, with checkpoints of both GPUs' parts."""
+    base = make_checkpoint(
+        tmp_path / "base", hidden_size=256, head_dim=64, tie_word_embeddings=True
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i}: the river runs past {i * i} mills.\n" for i in range(3000)))
+    whole, stopped = (
+        ExtendConfig(
+            model=str(base),
+            out=str(tmp_path / name),
+            context=2048,
+            data=(str(text),),
+            layers="SFS",
+            pattern=WINDOW.to_dict(),
+            steps=6,
+            batch_tokens=4096,
+            learning_rate=1e-3,
+            warmup_steps=2,
+            context_parallel=2,
+            gradient_checkpointing="selective",
+        )
+        for name in ("whole", "stopped")
+    )
+    results = run_processes(2, extend_twice, whole, stopped, on_gpus=True)
+    for result in results:
+        assert [record["finished"] for record in result["records"]] == [True, False, True]
+        assert result["records"][0]["training"]["sharding"] == "fsdp"
+    losses = [
+        [json.loads(line)["loss"] for line in (Path(config.out) / "training/log.jsonl").open()]
+        for config in (whole, stopped)
+    ]
+    assert len(losses[0]) == 6 and losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    model = load_model(stopped.out, dtype="auto")
+    assert model.config.layer_plan.layers == "SFS"
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 def gradients(
@@ -185,6 +236,8 @@ def test_what_goes_to_the_host_leaves_the_gpu_and_comes_back() -> None:
     back = to_host(tensor)
     del tensor
     torch.cuda.synchronize()
+    # The allocator looks what other streams are done with when it is next asked.
+    torch.empty(1 << 20, device="cuda")
     assert torch.cuda.memory_allocated() <= before - expected.nbytes
     # What then lies in its memory must not come back instead.
     torch.full((64 << 20,), float("nan"), device="cuda")

@@ -89,7 +89,8 @@ def make_model(run: Training) -> Any:
         num_key_value_heads=kv_heads,
         head_dim=run.head_dim,
         max_position_embeddings=run.context,
-        initializer_range=0.2,
+        # Wider layers with weights as large would make noise of rounding grow from step to step.
+        initializer_range=0.2 * (8 / run.head_dim) ** 0.5,
         layer_types=LayerPlan.build(3).layer_types,
         longgen={"pattern": run.pattern.to_dict()},
         use_cache=False,
@@ -163,6 +164,8 @@ def train(run: Training, processes: Processes, sharding: str = "ddp") -> dict[st
             optim="sgd",
             learning_rate=0.1,
         )
+        # The Trainer would spread each batch over all GPUs that it sees.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         losses = Losses()
         shards = processes.context_parallel
         trainer = LongGenTrainer(
