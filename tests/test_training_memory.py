@@ -106,7 +106,9 @@ def check_peak(setup: TrainingSetup, monkeypatch: pytest.MonkeyPatch, folder: Pa
     weights = 4 * shape.num_parameters
     there = weights * (2 if setup.accumulates else 1)
     planned = training_memory(shape, TOKENS, setup).allocated - there
-    assert planned == pytest.approx(weighed, rel=0.15)
+    # Separate operations free some tensors sooner than is counted: the plan asks for too much.
+    assert planned == pytest.approx(weighed, rel=0.06 if setup.compile else 0.15)
+    assert planned >= 0.98 * weighed
 
 
 def test_the_demos_run_on_an_h200_is_planned_within_5_percent() -> None:

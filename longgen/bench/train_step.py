@@ -1,4 +1,4 @@
-"""A training step as a user gets it: LongGen's own path, and transformers' as its Trainer has it."""
+"""A training step as a user gets it: LongGen's own path, and that of transformers' Trainer."""
 
 from __future__ import annotations
 
