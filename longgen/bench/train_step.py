@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from longgen.bench.models import planned_config, random_model, stock_config
+from longgen.bench.models import planned_config, random_model, shape_config, stock_config
 from longgen.bench.train_settings import STOCK, TrainSettings
+from longgen.checkpoint import read_config
 from longgen.hf.head import IGNORE_INDEX
 from longgen.parallel import shard
 from longgen.plan import LayerPlan
@@ -70,6 +71,19 @@ class TrainStep:
         if not math.isfinite(norm):
             raise ArithmeticError(f"The norm of the gradients is {norm}.")
         return value
+
+
+def base_config(model: str | None, settings: TrainSettings) -> Any:
+    """Return transformers' config of the model with the layers that are measured; `model` is the
+    folder of a checkpoint, None a named shape."""
+    if model is None:
+        return shape_config(settings.shape, max(settings.lengths))
+    base = stock_config(read_config(model))
+    base.num_hidden_layers = settings.shape.num_hidden_layers
+    types = getattr(base, "layer_types", None)
+    if types is not None:
+        base.layer_types = types[: base.num_hidden_layers]
+    return base
 
 
 def make_step(

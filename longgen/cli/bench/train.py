@@ -239,13 +239,14 @@ def train(
         file = open_results(out, "train", seed=seed, device=place, packages=packages, gpus=gpus)
 
     from longgen.bench.train import TrainBench
+    from longgen.bench.train_step import base_config
 
     def flush(row: dict[str, Any]) -> None:
         if file:
             file.write(run.rows, _extra(run))
 
     quiet_libraries()
-    run = TrainBench(settings, _base(model, settings), processes, on_row=flush, say=say)
+    run = TrainBench(settings, base_config(model, settings), processes, on_row=flush, say=say)
     run_to_end(run.run, file, say)
     if not is_first_process():
         return
@@ -322,21 +323,6 @@ def _settings(
         force=force,
     )
     return quick_settings(settings) if quick else settings
-
-
-def _base(model: str | None, settings: TrainSettings) -> Any:
-    """Return transformers' config of the model with the layers that are measured."""
-    from longgen.bench.models import shape_config, stock_config
-    from longgen.checkpoint import read_config
-
-    if model is None:
-        return shape_config(settings.shape, max(settings.lengths))
-    base = stock_config(read_config(model))
-    base.num_hidden_layers = settings.shape.num_hidden_layers
-    types = getattr(base, "layer_types", None)
-    if types is not None:
-        base.layer_types = types[: base.num_hidden_layers]
-    return base
 
 
 def _extra(run: TrainBench) -> dict[str, Any]:
