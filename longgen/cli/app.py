@@ -17,6 +17,7 @@ from longgen.cli.bench import bench
 from longgen.cli.console import print_error
 from longgen.cli.convert import convert
 from longgen.cli.evaluate import evaluate
+from longgen.cli.export import export
 from longgen.cli.extend import extend
 from longgen.cli.generate import generate
 from longgen.cli.plan import plan
@@ -77,6 +78,7 @@ def _longgen(
 app.command()(plan)
 app.command(cls=SeveralValues)(extend)
 app.command()(convert)
+app.command()(export)
 app.command(cls=SeveralValues)(evaluate)
 app.command()(generate)
 app.add_typer(bench, name="bench")

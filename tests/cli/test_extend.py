@@ -134,7 +134,8 @@ def test_recipes_make_valid_runs(path: Path, tmp_path: Path) -> None:
     fields = {name: getattr(shape, name) for name in names}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config = resolve({**recipe, "model": str(tmp_path), "data": ["x"], "out": "o"})
-    assert str(config.context // 1024) + "k" in path.stem
+    context = config.context // 1024
+    assert f"_{context}k_" in path.stem or f"_{context // 1024}m_" in path.stem
     assert config.num_sequences * config.context == config.steps * recipe["batch_tokens"]
 
 
