@@ -22,6 +22,15 @@ def free_bytes(device: torch.device) -> int:
     return 1024 * int(found[1])
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an exception means that a GPU or the machine has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The CPU's allocator and cuBLAS raise a bare RuntimeError that can only be told by its text.
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return "DefaultCPUAllocator" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+
+
 def clear(device: torch.device) -> None:
     """Give memory back that nobody uses.
 

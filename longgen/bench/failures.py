@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from longgen.bench.timing import Clock
 from longgen.errors import UsageError
-from longgen.evaluate.cost import is_out_of_memory
+from longgen.memory import is_out_of_memory
 
 _LONGEST_REASON = 400
 

@@ -144,7 +144,7 @@ class InferenceBench:
         """Refuse a run of which nothing can fit."""
         settings = self.settings
         free = self._free()
-        weights = settings.shape.num_parameters * settings.torch_dtype.itemsize
+        weights = settings.resident_shape.num_parameters * settings.torch_dtype.itemsize
         cache, length, name = min(
             (self._kv_bytes(name, length), length, name)
             for name in settings.variants
@@ -155,7 +155,8 @@ class InferenceBench:
                 f"{settings.name} does not fit: its weights take {say_bytes(weights)} in "
                 f"{settings.dtype} and the keys and values of {length:,} tokens "
                 f"{say_bytes(cache)} ({name}), but {say_bytes(free)} of memory are free on "
-                f"{settings.device}. Give a smaller model, shorter --lengths, or a larger card."
+                f"{settings.device}. Give a smaller model, shorter --lengths, a larger card, or "
+                "--resident-layers with --shape."
             )
 
     def _has_turn(self, name: str, length: int) -> bool:
@@ -299,6 +300,8 @@ class InferenceBench:
             "max_sequences": fits,
             "max_sequences_is": "(free_bytes - spare_bytes - work_bytes) // bytes_each",
         }
+        if self.settings.resident_layers:
+            extra["absent_weight_bytes"] = self.settings.absent_bytes
         self._add("kv_bytes", "bytes", name, length, extra, [held.sequence], formula)
         return fits
 
@@ -365,6 +368,7 @@ class InferenceBench:
             "pattern": str(plan.pattern) if "S" in plan.layers else None,
             "dtype": settings.dtype,
             "kv_dtype": VARIANTS[name].kv_dtype or settings.dtype,
+            **({"resident_layers": few} if (few := settings.resident_layers) else {}),
             **extra,
         }
         if error:

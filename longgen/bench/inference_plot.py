@@ -1,4 +1,4 @@
-"""The picture of an inference benchmark: prefill, decoding and cache over length."""
+"""The picture of an inference benchmark: prefill, decoding, cache and throughput over length."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from longgen.bench.inference_settings import VARIANTS
-from longgen.bench.summary import best, number, rows_of
+from longgen.bench.summary import best, best_batches, number, rows_of
 from longgen.errors import UsageError
 from longgen.evaluate.figures import GREY, canvas, length_axis, save, tidy, write_ends
 from longgen.evaluate.plots import STYLES as MODELS
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 STYLES = {
     "hybrid": MODELS["hybrid"],
-    "hybrid_fp8": ("#CC79A7", "v", "-."),
+    "hybrid_fp8": MODELS["hybrid_fp8"],
     "full": MODELS["full"],
-    "full_fp8": ("#56B4E9", "P", "-."),
+    "full_fp8": MODELS["full_fp8"],
     "transformers": ("#000000", "s", ":"),
 }
 LABELS = {
@@ -37,8 +37,8 @@ _BROKEN = (0, (4, 3))
 
 
 def plot_inference(rows: Rows, path: str | Path, *, title: str) -> Path:
-    """Draw three panels over length: prefill (the faster of in pieces and at once), decoding of one
-    sequence, and bytes of keys and values held.
+    """Draw four panels over length: prefill (the faster of in pieces and at once), decoding of one
+    sequence, bytes of keys and values held, and tokens a second of as many sequences as are best.
 
     Bars reach from the low to the high end; thin lines are ceilings by what the device reaches.
 
@@ -57,8 +57,8 @@ def plot_inference(rows: Rows, path: str | Path, *, title: str) -> Path:
         max((row["value"] for row in measured if row["unit"] == "bytes"), default=1)
     )
     batch = min((row["batch"] for row in measured if row["unit"] == "ms per token"), default=1)
-    figure = canvas(13.2, 4.6)
-    panels: Any = figure.subplots(1, 3)
+    figure = canvas(11.6, 8.6)
+    panels: Any = figure.subplots(2, 2).flatten()
     sequences = "one sequence" if batch == 1 else f"{batch} sequences"
     _panel(panels[0], measured, "prefill", 1, 1.0, "Prefill (s)", lambda y: f"{number(y)} s")
     _panel(
@@ -71,9 +71,15 @@ def plot_inference(rows: Rows, path: str | Path, *, title: str) -> Path:
         lambda y: f"{number(y)} ms",
     )
     _panel(panels[2], measured, "kv_bytes", 1, size, f"Keys and values ({unit})", say_bytes)
+    _throughput(panels[3], measured)
     for axes, name in zip(
         panels,
-        ("Reading a prompt", f"Writing a token, {sequences}", "Cache held, one sequence"),
+        (
+            "Reading a prompt",
+            f"Writing a token, {sequences}",
+            "Cache held, one sequence",
+            "Writing for as many at once as is best",
+        ),
         strict=True,
     ):
         axes.set_title(name, fontsize=10)
@@ -86,12 +92,50 @@ def plot_inference(rows: Rows, path: str | Path, *, title: str) -> Path:
         handles.values(),
         handles.keys(),
         loc="outside lower center",
-        ncols=len(handles),
+        ncols=min(len(handles), 3),
         edgecolor="none",
         fontsize=9,
     )
     figure.suptitle(fill(title, int(10.5 * figure.get_figwidth())), fontsize=11)
     return save(figure, path)
+
+
+def _throughput(axes: Axes, rows: Rows) -> None:
+    """Draw the most tokens a second of all sequences together; beside each point, how many."""
+    most = best_batches(rows)
+    ends = []
+    for name in VARIANTS:
+        line = sorted((length, row) for (length, other), row in most.items() if other == name)
+        if not line:
+            continue
+        colour, marker, style = STYLES[name]
+        x = [length for length, _ in line]
+        y = [row["tokens_per_second"] for _, row in line]
+        axes.plot(
+            x,
+            y,
+            color=colour,
+            marker=marker,
+            linestyle=style,
+            linewidth=1.8,
+            markersize=5.5,
+            zorder=2 + (style != "-"),
+            label=LABELS[name],
+        )
+        ends.append((x[-1], y[-1], f"{number(y[-1])}, {line[-1][1]['batch']} seq.", colour))
+    _finish_panel(axes, rows, "Tokens per second, all sequences")
+    write_ends(axes, ends)
+
+
+def _finish_panel(axes: Axes, rows: Rows, ylabel: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_yscale("log")
+    length_axis(axes, sorted({row["length"] for row in rows}), right=2.2)
+    axes.set_ylabel(ylabel)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    tidy(axes)
 
 
 def _panel(
@@ -104,8 +148,6 @@ def _panel(
     say: Callable[[float], str],
 ) -> None:
     """Draw one metric, a line a variant."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
     groups = rows_of(rows, metric)
     ends = []
     for name in VARIANTS:
@@ -136,10 +178,5 @@ def _panel(
         ends.append((x[-1], y[-1], say(line[-1]["value"]), colour))
     if metric != "kv_bytes":
         axes.plot([], color=GREY, linewidth=0.9, linestyle=_BROKEN, label=_CEILING)
-    axes.set_yscale("log")
-    length_axis(axes, sorted({row["length"] for row in rows}), right=1.9)
-    axes.set_ylabel(ylabel)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    tidy(axes)
+    _finish_panel(axes, rows, ylabel)
     write_ends(axes, ends)

@@ -10,6 +10,7 @@ from longgen.bench.settings import DTYPES
 from longgen.bench.timing import Budget
 from longgen.errors import UsageError
 from longgen.evaluate.cost import WARMUP_STEPS
+from longgen.evaluate.results import say_bytes
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import SHAPES, ModelShape
@@ -83,6 +84,7 @@ class InferenceSettings:
         budget: how long to measure what the device itself reaches.
         matmul_size: side of the matrix product that is the ceiling.
         copy_bytes: size of the copy whose bandwidth is measured.
+        resident_layers: layers of random weights; the others use theirs over again. None is all.
         seconds: begin nothing new after this time; None is no limit.
     """
 
@@ -102,7 +104,32 @@ class InferenceSettings:
     budget: Budget = field(default_factory=Budget)
     matmul_size: int = 8192
     copy_bytes: int = 1 << 32
+    resident_layers: int | None = None
     seconds: float | None = None
+
+    @property
+    def resident_shape(self) -> ModelShape:
+        """The shape whose weights are there."""
+        layers = self.resident_layers
+        return replace(self.shape, num_hidden_layers=layers) if layers else self.shape
+
+    @property
+    def absent_bytes(self) -> int:
+        """Bytes of the weights that the whole model has and that aren't there."""
+        absent = self.shape.num_parameters - self.resident_shape.num_parameters
+        return absent * self.torch_dtype.itemsize
+
+    @property
+    def resident_note(self) -> str:
+        """Say in a sentence which weights are there; "" where all are."""
+        if not self.resident_layers:
+            return ""
+        return (
+            f"The weights of {self.resident_layers} of {self.shape.num_hidden_layers} layers are "
+            "there, and all layers use them in turn: times and keys and values are those of the "
+            f"whole model, free memory is not ({say_bytes(self.absent_bytes)} of weights are "
+            "absent)."
+        )
 
     @property
     def room(self) -> int:

@@ -17,6 +17,7 @@ from longgen.plan import LayerPlan
 from longgen.shapes import HYBRID_PREFIX, ModelShape
 
 # What a hybrid's config has beside its base's.
+_LAYERS = "model.layers."
 _OWN_FIELDS = ("model_type", "architectures", "auto_map", "layer_types", "longgen")
 
 
@@ -46,15 +47,47 @@ def shape_config(shape: ModelShape, context: int) -> Any:
     return AutoConfig.for_model(shape.family, **fields)
 
 
-def random_model(config: Any, *, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+def random_model(
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    resident_layers: int | None = None,
+) -> Any:
     """Make a model with random weights on its device: none of them ever is on the CPU for a GPU.
 
     They are drawn as transformers does for a model that is to be trained, under which activations
     stay finite in every dtype; how long a model takes doesn't depend on them.
+
+    Args:
+        config: of the model.
+        dtype: of weights.
+        device: where they are.
+        seed: of weights.
+        resident_layers: layers that have weights; the others use theirs over again, in turn. A
+            layer's weights are far larger than any cache of the device, so that it takes as long as
+            with its own. None is all.
     """
     torch.manual_seed(seed)
+    total = config.num_hidden_layers
+    few = copy.deepcopy(config)
+    if resident_layers is not None and resident_layers < total:
+        few.num_hidden_layers = resident_layers
+        if getattr(few, "layer_types", None):
+            few.layer_types = few.layer_types[:resident_layers]
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(few, dtype=dtype).eval()
+    if few.num_hidden_layers == total:
+        return model
+    state = model.state_dict(keep_vars=True)
+    for name in list(state):
+        head, _, rest = name.partition(_LAYERS)
+        first, _, rest = rest.partition(".")
+        if rest and not head:
+            for layer in range(int(first), total, few.num_hidden_layers):
+                state[f"{_LAYERS}{layer}.{rest}"] = state[name]
+    return _with_parameters(config, state, dtype, device)
 
 
 def stock_config(config: Any) -> Any:
@@ -79,11 +112,19 @@ def variant_of(model: Any, config: Any, attn_implementation: str | None = None) 
         attn_implementation: None is the variant's own.
     """
     chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    state = model.state_dict(keep_vars=True)
+    return _with_parameters(config, state, model.dtype, model.device, **chosen)
+
+
+def _with_parameters(
+    config: Any, state: dict[str, Any], dtype: torch.dtype, device: torch.device, **chosen: str
+) -> Any:
+    """Return a model of a config that has the parameters of a state, by their names."""
     with torch.device("meta"):
-        other: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype, **chosen)
+        other: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
     # The parameters themselves, so that tied ones stay one.
-    other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
-    with torch.device(model.device):
+    other.load_state_dict(state, assign=True)
+    with torch.device(device):
         # Frequencies are no parameters, and aren't in the state.
         other.model.rotary_emb = type(other.model.rotary_emb)(config=other.config)
     absent = [name for name, x in (*other.named_parameters(), *other.named_buffers()) if x.is_meta]

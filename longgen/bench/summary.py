@@ -61,12 +61,21 @@ def ratios(rows: Rows) -> list[dict[str, Any]]:
     return found + _throughputs(rows)
 
 
-def _throughputs(rows: Rows) -> list[dict[str, Any]]:
-    most: dict[tuple[int, str], float] = {}
+def best_batches(rows: Rows) -> dict[tuple[int, str], Row]:
+    """Return the row of most tokens a second over all sequences, by length and variant."""
+    found: dict[tuple[int, str], Row] = {}
     for (length, _, name), group in rows_of(rows, "decode").items():
-        speeds = (row["tokens_per_second"] for row in group if row["value"] is not None)
-        speed = max(speeds, default=0.0)
-        most[length, name] = max(speed, most.get((length, name), 0.0))
+        for row in group:
+            most = found.get((length, name))
+            if row["value"] is not None and (
+                most is None or row["tokens_per_second"] > most["tokens_per_second"]
+            ):
+                found[length, name] = row
+    return found
+
+
+def _throughputs(rows: Rows) -> list[dict[str, Any]]:
+    most = {key: row["tokens_per_second"] for key, row in best_batches(rows).items()}
     return [
         {
             "metric": "throughput",
@@ -75,7 +84,7 @@ def _throughputs(rows: Rows) -> list[dict[str, Any]]:
             "value": most[length, _BASE] / speed,
         }
         for (length, name), speed in most.items()
-        if name != _BASE and speed and most.get((length, _BASE))
+        if name != _BASE and (length, _BASE) in most
     ]
 
 
@@ -136,6 +145,35 @@ def memory_table(rows: Rows) -> Table:
         ]
 
     return head, _lines(groups, line)
+
+
+def throughput_table(rows: Rows) -> Table:
+    """Return tokens per second of all sequences together, at the best number of them."""
+    head = ["tokens", "variant", "fit", "best with", "tokens/s in all", "hybrid is"]
+    most = best_batches(rows)
+    fits = {
+        (length, name): row["max_sequences"]
+        for (length, _, name), group in rows_of(rows, "kv_bytes").items()
+        if (row := best(group))
+    }
+    groups = {(length, 1, name): [row] for (length, name), row in most.items()}
+
+    def line(key: tuple[int, int, str], group: list[Row]) -> list[str]:
+        length, _, name = key
+        (row,) = group
+        fit, base = fits.get((length, name)), most.get((length, _BASE))
+        speed = row["tokens_per_second"]
+        times = base["tokens_per_second"] / speed if base and name != _BASE else None
+        return [
+            "" if fit is None else f"{fit:,}",
+            f"{row['batch']:,}",
+            number(speed),
+            f"{times:.2f}x" if times else "",
+        ]
+
+    place = list(VARIANTS).index
+    order = sorted(groups.items(), key=lambda item: (item[0][0], place(item[0][2])))
+    return head, _lines(dict(order), line)
 
 
 def _lines(

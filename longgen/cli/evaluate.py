@@ -98,6 +98,15 @@ def evaluate(
             "are taken over. [default: DIR/evaluation]",
         ),
     ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-dtype",
+            metavar="NAME",
+            help="fp8 measures a hybrid with keys and values in 8 bits; both does so beside the "
+            "model's own format, and reports what it changes. [default: the model's own format]",
+        ),
+    ] = None,
     json: JsonOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -105,12 +114,14 @@ def evaluate(
     """Measure the model in DIR on long texts: what it finds, predicts and costs.
 
     Writes needle.json, loss.json and cost.json with pictures of them. Interrupted, the same command
-    goes on where it stopped. Works on hybrids and on the models they were made of.
+    goes on where it stopped. Works on hybrids and on the models they were made of; a hybrid is
+    measured in the engine, as it is served.
     """
     shape = checkpoint_shape(model)
     wanted = _metrics(only)
     chosen = _lengths(lengths)
     check_dtype(dtype)
+    kv_dtypes = _kv_dtypes(kv_dtype, shape)
     folder = Path(out) if out else Path(model) / "evaluation"
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"The output {folder} is a file; give a folder with --out.")
@@ -147,6 +158,7 @@ def evaluate(
             repeat_text=repeat_text,
             only=wanted,
             original_context=_original_context(model, shape),
+            kv_dtypes=kv_dtypes,
             command=shlex.join(["longgen", *sys.argv[1:]]),
             say=say,
         )
@@ -172,6 +184,22 @@ def _metrics(text: str | None) -> tuple[str, ...]:
     return tuple(name for name in _METRICS if name in names)
 
 
+def _kv_dtypes(name: str | None, shape: ModelShape) -> tuple[str | None, ...]:
+    if name is None:
+        return (None,)
+    if name not in ("fp8", "both"):
+        raise UsageError(
+            f"The --kv-dtype {name!r} is not known; give fp8, both, or leave it out for the "
+            "model's own."
+        )
+    if not shape.is_hybrid:
+        raise UsageError(
+            f"--kv-dtype {name} is for hybrids, and the model isn't one. Leave it out, or convert "
+            "the model with `longgen convert`."
+        )
+    return ("fp8",) if name == "fp8" else (None, "fp8")
+
+
 def _lengths(text: str | None) -> tuple[int, ...]:
     if text is None:
         return ()
@@ -190,7 +218,7 @@ def _original_context(model: str, shape: ModelShape) -> int | None:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    """Print one line for each length, with a column for each figure that was measured."""
+    """Print one line for each length and model, with a column for each figure that was measured."""
     from longgen.evaluate.results import VARIANTS, say_runtimes
 
     columns = {
@@ -200,25 +228,29 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         "prefill": ("prefill", lambda row: f"{row['value']:.2f} s"),
         "decode": ("a token", lambda row: f"{row['value']:.1f} ms"),
     }
-    found: dict[tuple[str, int], dict[str, Any]] = {
-        (row["case"].partition(".")[0], row["length"]): row for row in rows
+    found: dict[tuple[str, str, int], dict[str, Any]] = {
+        (*row["case"].split("."), row["length"]): row for row in rows
     }
     shown = [metric for metric in columns if any(key[0] == metric for key in found)]
+    variants = list(dict.fromkeys(variant for _, variant, _ in found))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("tokens", justify="right")
+    if len(variants) > 1:
+        table.add_column("model")
     for metric in shown:
         table.add_column(columns[metric][0], justify="right")
-    for length in sorted({length for _, length in found}):
-        cells = []
-        for metric in shown:
-            row = found.get((metric, length))
-            if row is None:
-                cells.append("")
-            else:
-                cells.append("-" if row["value"] is None else columns[metric][1](row))
-        table.add_row(f"{length:,}", *cells)
+    for length in sorted({length for *_, length in found}):
+        for variant in variants:
+            cells = [VARIANTS.get(variant, variant)] if len(variants) > 1 else []
+            for metric in shown:
+                row = found.get((metric, variant, length))
+                if row is None:
+                    cells.append("")
+                else:
+                    cells.append("-" if row["value"] is None else columns[metric][1](row))
+            table.add_row(f"{length:,}", *cells)
     stdout_console().print(table)
-    costs = [row for (metric, _), row in found.items() if metric in ("kv_bytes", "prefill")]
+    costs = [row for (metric, *_), row in found.items() if metric in ("kv_bytes", "prefill")]
     if runtimes := say_runtimes(costs, VARIANTS):
         stdout_console().print(runtimes)
 
@@ -227,8 +259,11 @@ def _refuse_other_content(folder: Path) -> None:
     """Refuse a folder with anything but the results of earlier evaluations."""
     if not folder.is_dir():
         return
-    own = {f"{metric}.json" for metric in _METRICS}
-    own |= {"needle.png", "loss.png", "kv.png", "decode.png"}
+    own = {f"{metric}{end}.json" for metric in _METRICS for end in ("", "_fp8")}
+    own |= {
+        f"{what}{end}.png" for what in ("needle", "loss", "kv", "decode") for end in ("", "_fp8")
+    }
+    own |= {"kv_dtypes.json", "report.md", "report.html"}
     found = sorted(path.name for path in folder.iterdir())
     other = [name for name in found if name not in own and not name.startswith(".")]
     for name in found:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from operator import index
 from typing import Any
+
+import torch
 
 from longgen.errors import UsageError
 
@@ -57,3 +61,39 @@ def check_limits(
             f"max_batched_tokens is {max_batched_tokens}, too few for a token of each of "
             f"{max_sequences} sequences. Raise it or lower max_sequences."
         )
+
+
+def token_ids(prompt: Iterable[Any], vocabulary: int, max_length: int) -> list[int]:
+    """Return a prompt's token ids as a list.
+
+    Args:
+        prompt: whole numbers: a list, a tuple, an array or a tensor of one dimension.
+        vocabulary: tokens that the model knows.
+        max_length: of the longest sequence, in tokens.
+
+    Raises:
+        UsageError: if it is empty, too long, or holds anything but tokens of the model.
+    """
+    try:
+        ids = [index(token) for token in prompt]
+    except TypeError:
+        what = repr(prompt)[:80]
+        if isinstance(prompt, torch.Tensor):
+            what = f"a tensor of shape {tuple(prompt.shape)}"
+        raise UsageError(
+            f"The prompt is {what}; give text, or token ids as whole numbers in a row."
+        ) from None
+    if not ids:
+        raise UsageError("The prompt is empty; give at least one token.")
+    unknown = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if unknown is not None:
+        raise UsageError(
+            f"The prompt has the token {unknown}; the model knows 0 to {vocabulary - 1}."
+        )
+    if len(ids) >= max_length:
+        raise UsageError(
+            f"The prompt has {len(ids):,} tokens; the engine holds sequences of up to "
+            f"{max_length:,} and needs room for at least one more. Shorten it, or raise "
+            "max_length or num_pages."
+        )
+    return ids

@@ -33,9 +33,11 @@ class SlotPlaces(NamedTuple):
 
 
 def slot_places(geometry: SlotGeometry, lengths: torch.Tensor) -> SlotPlaces:
-    """Find the places of new tokens; `lengths` (N,) count them."""
+    """Find the places of new tokens; `lengths` (N,) count them, 0 where a row is no sequence's."""
     position = (lengths - 1)[:, None, None].expand(-1, geometry.num_maps, 1)
     entries = geometry.entries(position, lengths)
+    # Behind what a slot holds: nobody looks there.
+    entries = torch.where(position < 0, geometry.capacity, entries)
     moved = None
     if geometry.num_strided:
         leaving = position - geometry.num_ring
@@ -49,7 +51,8 @@ class DecodeBatch:
 
     Args:
         cache: where their keys and values are.
-        lengths: tokens of each sequence, the new one included, (N,).
+        lengths: tokens of each sequence, the new one included, (N,). A row of 0 only fills the
+            batch up: it sees nothing, and writes to the last entry of its slot.
         slots: their slots, (N,).
         block_tables: their pages in order, (N, most); what stands behind a sequence's own doesn't
             matter.
@@ -88,7 +91,7 @@ class DecodeBatch:
     @cached_property
     def _page_and_offset(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where the new tokens go in full layers: page (N,) and place in it (N, 1)."""
-        position, size = self.lengths - 1, self.cache.page_size
+        position, size = (self.lengths - 1).clamp(min=0), self.cache.page_size
         page = self.block_tables.gather(1, (position // size)[:, None]).long()
         return page[:, 0], (position % size)[:, None]
 
@@ -144,10 +147,11 @@ class DecodeBatch:
             moved=moved,
             scales=store_scales,
         )
+        held = cache.geometry.capacity
         return decode_attention(
             q,
-            keys,
-            values,
+            keys[:, :held],
+            values[:, :held],
             self.slots[:, None],
             scale=scale,
             visible=visible,

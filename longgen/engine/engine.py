@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from longgen.engine.cache import EngineCache, Span
-from longgen.engine.checks import check_limits, check_model
+from longgen.engine.checks import check_limits, check_model, token_ids
 from longgen.engine.decode import DecodeBatch
 from longgen.engine.request import Request, RequestOutput, State
 from longgen.engine.runner import DecodeRunner
@@ -20,8 +19,10 @@ from longgen.engine.step import Step, run
 from longgen.engine.text import IncrementalDetokenizer, StopStrings
 from longgen.errors import UsageError
 from longgen.hf.compile import compile_layers
+from longgen.memory import clear, is_out_of_memory
 
-logger = logging.getLogger(__name__)
+# Tokens whose keys and values set the scales of an 8 bit cache.
+_SCALE_TOKENS = 256
 
 
 class Engine:
@@ -102,6 +103,7 @@ class Engine:
             self.cache, max_batched_tokens, prefill_chunk or max_batched_tokens
         )
         self.sampler = Sampler()
+        self._set_scales()
         # On a CPU, batches of fixed shape would only cost.
         self.decode_runner: DecodeRunner | None = None
         if self.cache.device.type == "cuda" and not enforce_eager:
@@ -109,9 +111,26 @@ class Engine:
             self.decode_runner = DecodeRunner(model, self.cache)
         self.requests: dict[str, Request] = {}
         self._numbers = count()
-        self._ended: list[RequestOutput] = []
+        self._untold: list[RequestOutput] = []
         eos = getattr(model.generation_config, "eos_token_id", None)
         self.eos_token_ids = set([eos] if isinstance(eos, int) else eos or ())
+
+    def _set_scales(self) -> None:
+        """Read random tokens, so that no request decides how all others' keys are kept in 8 bits.
+
+        Engines of one model and layout have the same scales.
+        """
+        cache = self.cache
+        if cache.scales is None:
+            return
+        length = min(_SCALE_TOKENS, self.max_length)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.model.config.vocab_size, (length,), generator=generator)
+        pages = cache.pages.take(cache.num_pages_for(length))
+        step = Step(cache, [Span(cache, 0, length, 0, pages)], impl=self.impl)
+        run(self.model, step, tokens.tolist(), [0])
+        cache.pages.give_back(pages)
+        cache.clear_slot(0)
 
     @property
     def max_length(self) -> int:
@@ -120,8 +139,8 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether any request waits or runs, or has an end that no step has told yet."""
-        return bool(self.requests or self._ended)
+        """Whether any request waits or runs, or something is left that no step has told yet."""
+        return bool(self.requests or self._untold)
 
     def add_request(
         self,
@@ -143,7 +162,9 @@ class Engine:
             UsageError: if the prompt is empty, too long, or has tokens that the model doesn't know;
                 or the name is taken.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise UsageError(f"params is {params!r}; give SamplingParams.")
         request_id = str(next(self._numbers)) if request_id is None else request_id
         if request_id in self.requests:
             raise UsageError(f"There is a request {request_id!r} already; give another name.")
@@ -166,27 +187,12 @@ class Engine:
         return request_id
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        ids: Any = prompt
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UsageError("The engine has no tokenizer; give token ids instead of text.")
-            ids = list(self.tokenizer(prompt)["input_ids"])
-        else:
-            ids = [int(token) for token in prompt]
-        if not ids:
-            raise UsageError("The prompt is empty; give at least one token.")
-        vocabulary = self.model.config.vocab_size
-        unknown = next((token for token in ids if not 0 <= token < vocabulary), None)
-        if unknown is not None:
-            raise UsageError(
-                f"The prompt has the token {unknown}; the model knows 0 to {vocabulary - 1}."
-            )
-        if len(ids) >= self.max_length:
-            raise UsageError(
-                f"The prompt has {len(ids):,} tokens; the engine holds sequences of up to "
-                f"{self.max_length:,} and needs room for at least one more. Shorten it, or raise "
-                "max_length or num_pages."
-            )
-        return ids
+            ids = self.tokenizer(prompt)["input_ids"]
+        return token_ids(ids, self.model.config.vocab_size, self.max_length)
 
     def cancel(self, request_id: str) -> None:
         """End a request and free what it holds at once; one that has ended is left alone."""
@@ -197,11 +203,24 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run the model once, and return what that brought each request."""
         batch = self.scheduler.schedule()
-        outputs = self._run(batch) if batch else []
-        ended, self._ended = self._ended, []
-        return [*ended, *outputs]
+        failure: str | None = None
+        try:
+            if batch:
+                self._run(batch)
+        except BaseException as error:
+            # Layers before the one that failed have stored their tokens already.
+            self._read_anew(batch)
+            if not is_out_of_memory(error):
+                raise
+            failure = str(error)
+        if failure is not None:
+            # Not above: there the exception's frames still hold tensors.
+            clear(self.cache.device)
+            self._out_of_memory(batch, failure)
+        untold, self._untold = self._untold, []
+        return untold
 
-    def _run(self, batch: list[tuple[Request, int]]) -> list[RequestOutput]:
+    def _run(self, batch: list[tuple[Request, int]]) -> None:
         # Prompts first: what decodes is one batch behind them.
         batch = sorted(batch, key=lambda item: self._decodes(*item))
         tokens: list[int] = []
@@ -210,46 +229,44 @@ class Engine:
         spans: list[Span] = []
         decoding: list[Request] = []
         likeliest: torch.Tensor | None = None
-        try:
-            for request, length in batch:
-                assert request.slot is not None
-                start = request.num_cached
-                if self._decodes(request, length):
-                    decoding.append(request)
-                else:
-                    place = request.slot, request.block_table
-                    spans.append(Span(self.cache, start, length, *place))
-                tokens += request.tokens(start, start + length)
-                if length == request.num_left:
-                    rows.append(len(tokens) - 1)
-                    writing.append(request)
-            # A prompt's last but one token, read by itself, brings no token: not the runner's.
-            if self.decode_runner is not None and not spans and len(writing) == len(decoding):
-                logits, likeliest = self.decode_runner(tokens, *self._places(decoding))
+        for request, length in batch:
+            assert request.slot is not None
+            start = request.num_cached
+            if self._decodes(request, length):
+                decoding.append(request)
             else:
-                decode = DecodeBatch.of(self.cache, *self._places(decoding))
-                step = Step(self.cache, spans, decode if decoding else None, self.impl)
-                logits = run(self.model, step, tokens, rows)
-        except torch.OutOfMemoryError as error:
-            self._out_of_memory(batch, error)
-            return []
+                place = request.slot, request.block_table
+                spans.append(Span(self.cache, start, length, *place))
+            tokens += request.tokens(start, start + length)
+            if length == request.num_left:
+                rows.append(len(tokens) - 1)
+                writing.append(request)
+        # A prompt's last but one token, read by itself, brings no token: not the runner's.
+        if self.decode_runner is not None and not spans and len(writing) == len(decoding):
+            logits, likeliest = self.decode_runner(tokens, *self._places(decoding))
+        else:
+            decode = DecodeBatch.of(self.cache, *self._places(decoding))
+            step = Step(self.cache, spans, decode if decoding else None, self.impl)
+            logits = run(self.model, step, tokens, rows)
+        chosen: list[int] = []
+        if likeliest is not None and all(x.row.params.takes_likeliest for x in writing):
+            chosen = likeliest.tolist()
+        elif writing:
+            chosen = self.sampler.sample(logits, [request.row for request in writing]).tolist()
         for request, length in batch:
             request.num_cached += length
-            if request in self.scheduler.suspects:
-                self.scheduler.suspects.remove(request)
-        if not writing:
-            return []
-        if likeliest is not None and all(x.row.params.takes_likeliest for x in writing):
-            chosen = likeliest
-        else:
-            chosen = self.sampler.sample(logits, [request.row for request in writing])
-        outputs = []
-        for index, (request, token) in enumerate(zip(writing, chosen.tolist(), strict=True)):
+        self.scheduler.note(batch)
+        for index, (request, token) in enumerate(zip(writing, chosen, strict=True)):
             if token < 0:
                 self._end(request, "error", self.sampler.explain(logits[index], request.row))
-            else:
-                outputs.append(self._put(request, token))
-        return outputs
+                continue
+            try:
+                self._put(request, token)
+            except Exception as failure:
+                # A tokenizer that cannot write this text still writes the others'.
+                request.detokenizer = None
+                why = f"Token {token} could not be turned into text: {failure!r}"
+                self._end(request, "error", why)
 
     @staticmethod
     def _decodes(request: Request, length: int) -> bool:
@@ -265,34 +282,32 @@ class Engine:
             [request.block_table for request in requests],
         )
 
-    def _out_of_memory(self, batch: list[tuple[Request, int]], error: Exception) -> None:
-        """Have all tried again, in smaller pieces or one by one; give up one that fails alone."""
-        length = max(length for _, length in batch)
-        # Layers before the one that failed have stored their tokens already: read anew, from the
-        # last on, so that the first is first again.
-        requests = sorted((request for request, _ in batch), key=self._turn)
-        for request in reversed(requests):
+    def _read_anew(self, batch: list[tuple[Request, int]]) -> None:
+        """Have requests read again from their starts, those first that were first."""
+        order = {name: place for place, name in enumerate(self.requests)}
+        running = (request for request, _ in batch if request.state is State.RUNNING)
+        for request in sorted(running, key=lambda r: order[r.id], reverse=True):
             self.scheduler.recompute(request)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        smallest = self.cache.page_size
-        if length > smallest:
-            self.scheduler.prefill_chunk = max(length // 2, smallest)
-            logger.warning(
-                "Out of memory with %d tokens of a prompt at a time; going on with %d.",
-                length,
-                self.scheduler.prefill_chunk,
-            )
-        elif len(requests) > 1:
-            self.scheduler.suspects = requests
-        else:
-            self._end(requests[0], "error", f"Not enough memory for this request: {error}")
 
-    def _turn(self, request: Request) -> int:
-        return list(self.requests).index(request.id)
+    def _out_of_memory(self, batch: list[tuple[Request, int]], error: str) -> None:
+        """Have all tried again, in smaller steps and one by one; give up one that fails alone, with
+        few tokens and twice."""
+        lengths = [length for _, length in batch]
+        sizes = self.scheduler.sizes
+        if len(batch) == 1 and lengths[0] <= sizes.smallest:
+            (request,) = (request for request, _ in batch)
+            if request.failed_alone:
+                sizes.restore()
+                self._end(request, "error", f"Not enough memory for this request: {error}")
+            request.failed_alone = True
+            return
+        sizes.shrink(lengths)
+        if max(lengths) <= sizes.smallest:
+            self.scheduler.suspects = [request for request, _ in batch]
 
-    def _put(self, request: Request, token: int) -> RequestOutput:
+    def _put(self, request: Request, token: int) -> None:
         """Add a chosen token to its request."""
+        request.is_sound = True
         params = request.params
         is_end = token in params.stop_token_ids or (
             token in self.eos_token_ids and not params.ignore_eos
@@ -317,7 +332,7 @@ class Engine:
                 reason = "stop" if request.stop_strings.matched is not None else reason
             self._end(request, reason, told=False)
         request.pieces.append(text)
-        return RequestOutput(request.id, text, (token,), reason)
+        self._untold.append(RequestOutput(request.id, text, (token,), reason))
 
     def _rest(self, request: Request, stopped: bool) -> str:
         """Return the text that was held back in case more belonged to it."""
@@ -343,7 +358,7 @@ class Engine:
         if told:
             text = self._rest(request, stopped=False)
             request.pieces.append(text)
-            self._ended.append(RequestOutput(request.id, text, (), reason, error))
+            self._untold.append(RequestOutput(request.id, text, (), reason, error))
 
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None

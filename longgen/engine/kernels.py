@@ -136,6 +136,8 @@ def _plain(
     grouped = q.to(dtype).view(number, num_key_heads, num_heads // num_key_heads, -1)
     scores = torch.einsum("nhgd,nshd->nhgs", grouped, k) * scale
     scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    # Other sequences' pages stand there too, and what is no number would be none times nothing.
+    v = v.masked_fill(~mask.transpose(1, 2)[..., None], 0.0)
     seen = mask.any(-1)[:, :, None, None]
     weights = torch.softmax(scores.masked_fill(~seen, 0.0), -1) * seen
     return torch.einsum("nhgs,nshd->nhgd", weights, v).reshape(q.shape).to(q.dtype)

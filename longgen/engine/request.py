@@ -31,6 +31,8 @@ class Request:
         num_cached: tokens of prompt and output whose keys and values are in the cache.
         slot: its slot in sparse layers, while it runs.
         block_table: its pages in full layers, while it runs.
+        is_sound: whether a token was chosen since it has its slot: what it holds are numbers.
+        failed_alone: whether memory ran out when last it was in a step, alone and with few tokens.
         num_preempted: how often it lost its place and had to be read again.
         detokenizer: turns tokens into text as they come; None where no text is wanted.
         stop_strings: looks for the strings that end it.
@@ -49,6 +51,8 @@ class Request:
     num_cached: int = 0
     slot: int | None = None
     block_table: list[int] = field(default_factory=list)
+    is_sound: bool = False
+    failed_alone: bool = False
     num_preempted: int = 0
     state: State = State.WAITING
     finish_reason: str | None = None

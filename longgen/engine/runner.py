@@ -57,17 +57,16 @@ class _Buffers:
     def fill(
         self, tokens: list[int], lengths: list[int], slots: list[int], tables: list[list[int]]
     ) -> None:
-        """Send a step's numbers to the device; rows that are left over write to the spare ones."""
+        """Send a step's numbers to the device; rows that are left over are no sequence's."""
         if self._read is not None:
             self._read.synchronize()
         left = self.size - len(tokens)
-        spare = [self.cache.spare_slot] * left
-        rows = (tokens + [0] * left, lengths + [1] * left, slots + spare)
-        self._host.copy_(torch.tensor(rows))
+        nothing = [0] * left
+        self._host.copy_(torch.tensor((tokens + nothing, lengths + nothing, slots + nothing)))
         self._numbers.copy_(self._host, non_blocking=True)
         written = [self._write(row, table) for row, table in enumerate(tables)]
-        nothing = [self._write(row, None) for row in range(len(tokens), self.size)]
-        if any(written) or any(nothing):
+        written += [self._write(row, None) for row in range(len(tokens), self.size)]
+        if any(written):
             self.tables.copy_(self._host_tables, non_blocking=True)
         if self._read is not None:
             self._read.record()
@@ -95,7 +94,7 @@ class DecodeRunner:
 
     Args:
         model: a LongGen causal language model.
-        cache: its keys and values; rows that only fill a batch up write to its spare slot and page.
+        cache: its keys and values; rows that only fill a batch up write to what it has to spare.
         sizes: batch sizes; None takes powers of two up to the cache's slots.
         capture: whether to record CUDA graphs; None does on a GPU.
     """
@@ -163,11 +162,11 @@ class DecodeRunner:
     def _record(self, buffers: _Buffers) -> None:
         """Record one pass; kernels are compiled and chosen in two passes before it.
 
-        They run on the sequences themselves: storing the same token twice changes nothing but
-        where a stride's tokens leave the ring, so they go to the spare slot and page instead.
+        They run on no sequence, since storing the same token twice changes what a slot holds where
+        a stride's tokens leave the ring.
         """
-        kept = [x.clone() for x in (buffers.slots, buffers.tables)]
-        buffers.slots.fill_(self.cache.spare_slot)
+        kept = [x.clone() for x in (buffers.lengths, buffers.tables)]
+        buffers.lengths.zero_()
         buffers.tables.fill_(self.cache.spare_page)
         try:
             stream = torch.cuda.Stream()
@@ -185,5 +184,5 @@ class DecodeRunner:
             raise
         self._pool = self._pool or graph.pool()
         buffers.graph = graph
-        buffers.slots.copy_(kept[0])
+        buffers.lengths.copy_(kept[0])
         buffers.tables.copy_(kept[1])

@@ -6,6 +6,7 @@ from collections import deque
 
 from longgen.engine.cache import EngineCache
 from longgen.engine.request import Request, State
+from longgen.engine.sizes import StepSizes
 
 
 class Scheduler:
@@ -23,7 +24,7 @@ class Scheduler:
 
     def __init__(self, cache: EngineCache, max_batched_tokens: int, prefill_chunk: int) -> None:
         self.cache = cache
-        self.max_batched_tokens, self.prefill_chunk = max_batched_tokens, prefill_chunk
+        self.sizes = StepSizes(max_batched_tokens, prefill_chunk, cache.page_size)
         self.waiting: deque[Request] = deque()
         # In the order in which they came.
         self.running: list[Request] = []
@@ -36,7 +37,7 @@ class Scheduler:
 
     def schedule(self) -> list[tuple[Request, int]]:
         """Return the requests of the next step and how many tokens of each go through the model."""
-        budget = self.max_batched_tokens
+        budget = self.sizes.max_batched_tokens
         chosen: dict[Request, int] = {}
         preempted = False
         self.suspects = [r for r in self.suspects if r.state is not State.FINISHED]
@@ -74,9 +75,17 @@ class Scheduler:
         (request.slot,) = self.cache.slots.take(1)
         request.state = State.RUNNING
         self.running.append(request)
-        length = min(request.num_left, budget, self.prefill_chunk)
+        length = min(request.num_left, budget, self.sizes.prefill_chunk)
         self._grow(request, length)
         return length
+
+    def note(self, batch: list[tuple[Request, int]]) -> None:
+        """Take note of a step that went well."""
+        self.sizes.note([length for _, length in batch])
+        done = {request for request, _ in batch}
+        for request in done:
+            request.failed_alone = False
+        self.suspects = [request for request in self.suspects if request not in done]
 
     def _alone(self) -> tuple[Request, int] | None:
         """Return the next suspect and its tokens, None if it cannot be let in yet."""
@@ -84,12 +93,12 @@ class Scheduler:
         if request.state is State.WAITING:
             if not self.cache.slots.num_free or not self._has_room(request):
                 return None
-            return request, self._admit(request, self.max_batched_tokens)
+            return request, self._admit(request, self.sizes.prefill_chunk)
         length = min(request.num_left, self._chunk(request))
         return (request, length) if self._grow(request, length) else None
 
     def _chunk(self, request: Request) -> int:
-        return self.prefill_chunk if request.num_left > 1 else 1
+        return self.sizes.prefill_chunk if request.num_left > 1 else 1
 
     def _has_room(self, request: Request) -> bool:
         """Whether the pages of all its tokens, and of the next, are free: a request that is let in
@@ -122,7 +131,10 @@ class Scheduler:
         self.running.remove(request)
         self.cache.pages.give_back(request.block_table)
         if request.slot is not None:
+            if not request.is_sound:
+                self.cache.clear_slot(request.slot)
             self.cache.slots.give_back([request.slot])
+        request.is_sound = False
         request.slot, request.block_table, request.num_cached = None, [], 0
 
     def remove(self, request: Request) -> None:

@@ -114,10 +114,16 @@ def run_tokens(
     model: Any, step: Step, tokens: torch.Tensor, rows: torch.Tensor | None
 ) -> torch.Tensor:
     """Run a hybrid model over tokens (N,) on its device; `rows` None gives logits of all."""
-    hidden = model.model(
+    hidden = hidden_states(model, step, tokens)
+    return model.lm_head(hidden if rows is None else hidden[rows])
+
+
+def hidden_states(model: Any, step: Step, tokens: torch.Tensor) -> torch.Tensor:
+    """Run a hybrid model over tokens (N,), up to its output head: (N, hidden size)."""
+    hidden: torch.Tensor = model.model(
         input_ids=tokens[None],
         position_ids=step.positions()[None],
         use_cache=False,
         longgen_step=step,
     ).last_hidden_state[0]
-    return model.lm_head(hidden if rows is None else hidden[rows])
+    return hidden

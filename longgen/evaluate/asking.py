@@ -7,6 +7,7 @@ over prompt and answer, which comes to the same.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -20,7 +21,7 @@ from longgen.memory import clear, free_bytes
 from longgen.runtime import ENGINE, runtime_of
 
 # Tokens of prompts that the engine reads in a step.
-_STEP_TOKENS = 8192
+STEP_TOKENS = 8192
 # Of the memory that is free, what keys and values may take; the rest is for the work itself.
 _CACHE_SHARE = 0.5
 
@@ -35,6 +36,7 @@ def run_needle(
     batch_size: int | None = None,
     finished: Sequence[NeedleCell] = (),
     on_cell: Callable[[NeedleCell], None] | None = None,
+    kv_dtype: str | None = None,
 ) -> NeedleResult:
     """Run the grid on a model, shortest length first.
 
@@ -52,6 +54,7 @@ def run_needle(
         finished: cells of an earlier, interrupted run, taken over as they are (see
             `NeedleTask.finished_cells`).
         on_cell: called with every cell that was run, so that the caller can save it.
+        kv_dtype: of the engine's keys and values, as `Engine` takes it; only for hybrids.
 
     Raises:
         UsageError: before anything runs, if the held-out text is too short for one of the lengths;
@@ -63,7 +66,12 @@ def run_needle(
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"The batch size must be at least 1, not {batch_size}.")
     runtime = runtime_of(model)
-    ask = _ask_engine if runtime == ENGINE else _ask_transformers
+    ask = partial(_ask_engine, kv_dtype=kv_dtype) if runtime == ENGINE else _ask_transformers
+    if kv_dtype is not None and runtime != ENGINE:
+        raise UsageError(
+            f"Keys and values in {kv_dtype} are for hybrids, which the engine runs, and "
+            f"{type(model).__name__} isn't one."
+        )
     known = {(cell.length, cell.depth): cell for cell in finished}
     grid = [(length, depth) for length in sorted(task.lengths) for depth in task.depths]
     num_done = 0
@@ -125,6 +133,8 @@ def _ask_engine(
     questions: _Questions,
     on_cell: Callable[[NeedleCell], None],
     batch_size: int | None,
+    *,
+    kv_dtype: str | None,
 ) -> None:
     samples = questions.task.samples
     hits: list[dict[int, bool]] = [{} for _ in questions.depths]
@@ -138,7 +148,7 @@ def _ask_engine(
 
     examples = chain.from_iterable(map(questions.at, questions.depths))
     most = samples * len(questions.depths)
-    answer_examples(model, examples, on_answer, batch_size, most=most)
+    answer_examples(model, examples, on_answer, batch_size, most=most, kv_dtype=kv_dtype)
 
 
 def score_examples(model: PreTrainedModel, examples: Sequence[NeedleExample]) -> list[bool]:
@@ -177,6 +187,7 @@ def answer_examples(
     batch_size: int | None = None,
     *,
     most: int,
+    kv_dtype: str | None = None,
 ) -> None:
     """Have the engine write the answers of a hybrid, and say of each whether it is right.
 
@@ -190,6 +201,7 @@ def answer_examples(
             first to be asked are the first to be answered, or nearly so.
         batch_size: sequences that run at once; None is as many as are of use and fit.
         most: how many examples there are.
+        kv_dtype: of keys and values, as `Engine` takes it.
     """
     first = next(examples)
     length = len(first.input_ids)
@@ -197,7 +209,7 @@ def answer_examples(
     asked: dict[str, tuple[int, NeedleExample, list[int]]] = {}
     clear(model.device)
     with evaluating(model):
-        engine = _engine(model, first, batch_size, most)
+        engine = _engine(model, first, batch_size, most, kv_dtype)
         while True:
             while len(asked) < engine.cache.slots.size and (item := next(waiting, None)):
                 number, example = item
@@ -220,7 +232,11 @@ def answer_examples(
 
 
 def _engine(
-    model: PreTrainedModel, example: NeedleExample, batch_size: int | None, most: int
+    model: PreTrainedModel,
+    example: NeedleExample,
+    batch_size: int | None,
+    most: int,
+    kv_dtype: str | None,
 ) -> Engine:
     """Return an engine for questions as long as an example."""
     length = len(example.input_ids)
@@ -232,7 +248,8 @@ def _engine(
                 max_length=length,
                 beyond_context=True,
                 max_sequences=size,
-                max_batched_tokens=max(size, _STEP_TOKENS),
+                max_batched_tokens=max(size, STEP_TOKENS),
+                kv_dtype=kv_dtype,
                 # A few tokens each: what compiling takes would not come back.
                 enforce_eager=True,
             )
@@ -243,7 +260,7 @@ def _engine(
         return make(batch_size)
     engine = make(1)
     # While the next prompts are read, those before them write: more than this would only wait.
-    useful = (example.answer_size + 1) * _STEP_TOKENS // length + 2
+    useful = (example.answer_size + 1) * STEP_TOKENS // length + 2
     room = int(_CACHE_SHARE * free_bytes(model.device)) // engine.cache.bytes_of(length)
     size = min(useful, 1 + room, most)
     if size == 1:

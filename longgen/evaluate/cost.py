@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from longgen.errors import UsageError
 from longgen.evaluate.asking import evaluating
 from longgen.evaluate.reading import EnginePrefill, TransformersPrefill
-from longgen.memory import clear
+from longgen.memory import clear, is_out_of_memory
 from longgen.runtime import ENGINE, TRANSFORMERS, runtime_of
 
 WARMUP_STEPS = 3
@@ -69,6 +69,7 @@ def measure_cost(
     warmup: int = 1,
     prefill_chunk: int = 8192,
     seed: int = 0,
+    kv_dtype: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Cost]:
     """Measure cache, prefill and decode at batch 1 with random tokens, shortest length first.
@@ -87,6 +88,7 @@ def measure_cost(
             by shape.
         prefill_chunk: tokens per forward pass of the prefill.
         seed: of the random tokens.
+        kv_dtype: of keys and values, as `Engine` takes it; only for hybrids.
         progress: called with (lengths done, lengths) after every length.
 
     Raises:
@@ -108,7 +110,7 @@ def measure_cost(
         else:
             try:
                 with evaluating(model):
-                    cost = _measure(model, cost, decode_steps, repeats, warmup, seed)
+                    cost = _measure(model, cost, decode_steps, repeats, warmup, seed, kv_dtype)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -122,7 +124,13 @@ def measure_cost(
 
 
 def _measure(
-    model: PreTrainedModel, cost: Cost, decode_steps: int, repeats: int, warmup: int, seed: int
+    model: PreTrainedModel,
+    cost: Cost,
+    decode_steps: int,
+    repeats: int,
+    warmup: int,
+    seed: int,
+    kv_dtype: str | None,
 ) -> Cost:
     generator = torch.Generator().manual_seed(seed)
     num_new = WARMUP_STEPS + decode_steps
@@ -132,7 +140,7 @@ def _measure(
     task: EnginePrefill | TransformersPrefill
     if cost.runtime == ENGINE:
         # One token more: the engine writes the first when it has read the prompt.
-        task = EnginePrefill(model, prompt, num_new + 1)
+        task = EnginePrefill(model, prompt, num_new + 1, kv_dtype)
     else:
         task = TransformersPrefill(model, prompt, new)
     prefill: list[float] = []
@@ -162,11 +170,3 @@ def timed(device: torch.device, work: Callable[[], Result]) -> tuple[Result, flo
         end.record()
         end.synchronize()
         return result, start.elapsed_time(end) / 1000
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an exception means that a GPU or the machine has no memory left."""
-    # The CPU allocator raises a bare RuntimeError that can only be told by its text.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(
-        error
-    )

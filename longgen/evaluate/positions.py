@@ -1,6 +1,6 @@
 """Loss by position: does the model go on using its context, the further it reads?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -9,9 +9,13 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from longgen.engine import Engine
+from longgen.engine.cache import Span
+from longgen.engine.step import Step, hidden_states
 from longgen.errors import UsageError
-from longgen.evaluate.asking import evaluating
+from longgen.evaluate.asking import STEP_TOKENS, evaluating
 from longgen.evaluate.needle import Tokens
+from longgen.runtime import ENGINE, TRANSFORMERS, runtime_of
 
 # Logits alive at once: 128 MiB in float32, whatever the vocabulary.
 LOGITS_PER_CHUNK = 2**25
@@ -29,6 +33,8 @@ class PositionLoss:
             having seen p + 1 tokens.
         mean: nats per token, shape (buckets,).
         standard_error: of `mean` over the windows, shape (buckets,); None with a single window.
+        by_window: mean of every window, nats per token.
+        runtime: what ran the model, `longgen.runtime`'s name of it.
     """
 
     context: int
@@ -36,6 +42,8 @@ class PositionLoss:
     edges: tuple[int, ...]
     mean: tuple[float, ...]
     standard_error: tuple[float, ...] | None
+    by_window: tuple[float, ...] = ()
+    runtime: str = TRANSFORMERS
 
     @property
     def overall(self) -> float:
@@ -55,6 +63,8 @@ class PositionLoss:
                 "edges": list(self.edges),
                 "mean": list(self.mean),
                 "standard_error": errors,
+                "by_window": list(self.by_window),
+                "runtime": self.runtime,
             }
         ]
 
@@ -67,9 +77,13 @@ def loss_by_position(
     num_windows: int = 8,
     num_buckets: int = 16,
     bos_token_id: int | None = None,
+    kv_dtype: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PositionLoss:
     """Measure the next-token loss over held-out windows, by position in the window.
+
+    A hybrid's windows go through the engine's cache in pieces, as prompts do when it is served, and
+    other models' through one forward pass of transformers.
 
     Logits of [context x vocabulary] never exist: the hidden states of a window go through the
     model's output head a few positions at a time, and the softmax is taken in float32. That is the
@@ -85,12 +99,19 @@ def loss_by_position(
         num_buckets: equal buckets of position.
         bos_token_id: put before every window, where the tokenizer starts sequences with it. The
             window then reads context - 1 tokens of text, and its first prediction is made from bos.
+        kv_dtype: of keys and values, as `Engine` takes it; only for hybrids.
         progress: called with (windows done, windows) after every window.
 
     Raises:
         UsageError: the text is shorter than one window and the token that follows it, or a count
             makes no sense.
     """
+    runtime = runtime_of(model)
+    if kv_dtype is not None and runtime != ENGINE:
+        raise UsageError(
+            f"Keys and values in {kv_dtype} are for hybrids, which the engine runs, and "
+            f"{type(model).__name__} isn't one."
+        )
     text = np.asarray(tokens)
     lead = [] if bos_token_id is None else [bos_token_id]
     span = (
@@ -110,10 +131,12 @@ def loss_by_position(
     windows = min(num_windows, 1 + (len(text) - span) // context)
     starts = [i * (len(text) - span) // max(1, windows - 1) for i in range(windows)]
     edges = [context * i // num_buckets for i in range(num_buckets + 1)]
+    read: Callable[[torch.Tensor], Iterator[torch.Tensor]]
+    read = _EngineReader(model, context, kv_dtype) if runtime == ENGINE else _reader(model)
     means = np.empty((windows, num_buckets))
     for w, start in enumerate(starts):
         sequence = torch.tensor(lead + text[start : start + span].tolist(), device=model.device)
-        losses = _window_losses(model, sequence)
+        losses = _window_losses(model, read, sequence)
         means[w] = [losses[a:b].mean() for a, b in pairwise(edges)]
         if progress:
             progress(w + 1, windows)
@@ -124,18 +147,73 @@ def loss_by_position(
         edges=tuple(edges),
         mean=tuple(means.mean(axis=0).tolist()),
         standard_error=None if error is None else tuple(error.tolist()),
+        by_window=tuple((means @ (np.diff(edges) / context)).tolist()),
+        runtime=runtime,
     )
 
 
-def _window_losses(model: PreTrainedModel, sequence: torch.Tensor) -> np.ndarray:
+class _EngineReader:
+    """Read windows through the engine's cache, a piece after the other.
+
+    Args:
+        model: the hybrid; windows may go beyond its context.
+        context: tokens of a window.
+        kv_dtype: of keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel, context: int, kv_dtype: str | None) -> None:
+        try:
+            engine = Engine(
+                model,
+                max_length=context,
+                beyond_context=True,
+                max_sequences=1,
+                kv_dtype=kv_dtype,
+                enforce_eager=True,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"The keys and values of {context:,} tokens do not fit into the memory of "
+                f"{model.device}; ask for the loss of a shorter context."
+            ) from error
+        self.model, self.cache, self.impl = engine.model, engine.cache, engine.impl
+
+    def __call__(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Give the hidden states (n, hidden) of the pieces of a window (T,)."""
+        (slot,), pages = self.cache.slots.take(1), self.cache.pages.take(self.cache.pages.size)
+        try:
+            start = 0
+            for piece in ids.split(STEP_TOKENS):
+                span = Span(self.cache, start, len(piece), slot, pages)
+                yield hidden_states(self.model, Step(self.cache, [span], impl=self.impl), piece)
+                start += len(piece)
+        finally:
+            self.cache.slots.give_back([slot])
+            self.cache.pages.give_back(pages)
+
+
+def _reader(model: PreTrainedModel) -> Callable[[torch.Tensor], Iterator[torch.Tensor]]:
+    """Return what reads a window in one forward pass."""
+
+    def read(ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+
+    return read
+
+
+def _window_losses(
+    model: PreTrainedModel,
+    read: Callable[[torch.Tensor], Iterator[torch.Tensor]],
+    sequence: torch.Tensor,
+) -> np.ndarray:
     """Give the loss in nats of predicting each token after the first; (T + 1,) to (T,), float64."""
     with evaluating(model):
-        hidden = model.model(input_ids=sequence[None, :-1], use_cache=False).last_hidden_state[
-            0
-        ]  # (T, hidden)
         chunk = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
-        losses = [
-            F.cross_entropy(model.lm_head(h).float(), target.to(h.device), reduction="none")
-            for h, target in zip(hidden.split(chunk), sequence[1:].split(chunk), strict=True)
-        ]
+        losses, left = [], sequence[1:]
+        for hidden in read(sequence[:-1]):
+            targets, left = left[: len(hidden)], left[len(hidden) :]
+            losses += [
+                F.cross_entropy(model.lm_head(h).float(), target.to(h.device), reduction="none")
+                for h, target in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+            ]
         return torch.cat(losses).double().cpu().numpy()

@@ -65,8 +65,7 @@ class EnginePrefill:
         self.engine.cancel("prompt")
         self.engine.step()  # tells the end of the one that was cancelled
         self.chunk = chunk
-        scheduler = self.engine.scheduler
-        scheduler.max_batched_tokens = scheduler.prefill_chunk = chunk
+        self.engine.scheduler.sizes.set(chunk, chunk)
         params = SamplingParams(max_tokens=self.room, ignore_eos=True)
         self.engine.add_request(self.prompt, params, "prompt")
 
@@ -74,7 +73,7 @@ class EnginePrefill:
         """Read the prompt to its first new token."""
         while True:
             outputs = self.engine.step()
-            if self.engine.scheduler.prefill_chunk != self.chunk:
+            if self.engine.scheduler.sizes.is_reduced:
                 # It would go on in smaller pieces, and that is not what is measured.
                 raise torch.OutOfMemoryError(f"in pieces of {self.chunk} tokens")
             if outputs:

@@ -17,9 +17,11 @@ from longgen.data.sources import read_documents
 from longgen.errors import UsageError
 from longgen.evaluate.asking import run_needle
 from longgen.evaluate.cost import Cost, measure_cost
+from longgen.evaluate.kv_dtypes import say_difference, write_comparison
 from longgen.evaluate.needle import NeedleCell, NeedleResult, NeedleTask, Tokens
 from longgen.evaluate.plots import plot_decode_time, plot_kv_bytes, plot_loss, plot_needle
 from longgen.evaluate.positions import loss_by_position
+from longgen.evaluate.report import Picture
 from longgen.evaluate.results import say_bytes, say_tokens
 from longgen.evaluate.saved import Rows, SavedResults
 from longgen.hf import is_hybrid
@@ -33,6 +35,12 @@ DECODE_STEPS = 32
 REPEATS = 3
 PREFILL_CHUNK = 8192
 SECONDS_BETWEEN_LINES = 10
+_PICTURES = {
+    "needle": "Needle accuracy with keys and values in 8 bits",
+    "loss": "Loss by position",
+    "kv": "Keys and values held",
+    "decode": "Time a token",
+}
 
 Say = Callable[[str], None]
 
@@ -55,10 +63,14 @@ def evaluate_model(
     cost_lengths: Sequence[int] | None = None,
     only: Sequence[str] = METRICS,
     original_context: int | None = None,
+    kv_dtypes: Sequence[str | None] = (None,),
     command: str = "",
     say: Say = print,
 ) -> Rows:
     """Measure a model and write `needle.json`, `loss.json`, `cost.json` and their pictures.
+
+    With keys and values in 8 bits they are `needle_fp8.json` and so on; with both formats asked for
+    there are also `kv_dtypes.json` and a report, which set them side by side.
 
     Figures of other lengths in the same files stay there if model, text and settings are the same;
     otherwise the files are begun anew. An interrupt loses at most the cells being measured.
@@ -82,6 +94,8 @@ def evaluate_model(
         cost_lengths: where cache and times are measured; by default `lengths`.
         only: which of `METRICS` to measure.
         original_context: marks in the loss picture where the original model's context ends.
+        kv_dtypes: formats of keys and values to measure with, as `Engine` takes them; None is the
+            model's own. Others are for hybrids, and their variant's name ends with theirs.
         command: the command line that makes these figures.
         say: prints one line of progress.
 
@@ -106,40 +120,62 @@ def evaluate_model(
         seed=seed,
         wrap_haystack=repeat_text,
     )
-    saved = SavedResults(
-        Path(out),
-        model,
-        tokenizer,
-        text,
-        variant=variant or variant_of(model.config),
-        seed=seed,
-        command=command,
-        say=say,
-    )
+    if any(kv_dtypes) and not is_hybrid(model.config):
+        raise UsageError(
+            "Keys and values in another format are for hybrids, which the engine runs, and "
+            f"{type(model).__name__} isn't one. Convert the model with `longgen convert`."
+        )
+    own = variant or variant_of(model.config)
     wanted = {
         "needle": set(lengths),
         "loss": {longest},
         "cost": set(cost_lengths or lengths),
     }
-    if "needle" in only:
-        _needle(model, tokenizer, text, task, saved)
-    if "loss" in only:
-        bos = _leading_bos(tokenizer)
-        _loss(model, text, longest, loss_windows, bos, saved)
-    if "cost" in only:
-        _cost(model, sorted(wanted["cost"]), saved)
-    try:
-        _draw(saved, only, model_name or saved.variant, original_context)
-    except UsageError as error:
-        # matplotlib may be missing; figures without pictures are worth keeping.
-        say(f"no pictures: {error}")
-    return [
-        row
-        for metric in METRICS
-        if metric in only
-        for row in saved.rows(metric)
-        if row["length"] in wanted[metric]
-    ]
+    rows: list[dict[str, Any]] = []
+    for kv_dtype in dict.fromkeys(kv_dtypes):
+        saved = SavedResults(
+            Path(out),
+            model,
+            tokenizer,
+            text,
+            variant=f"{own}_{kv_dtype}" if kv_dtype else own,
+            seed=seed,
+            kv_dtype=kv_dtype,
+            command=command,
+            say=say,
+        )
+        if "needle" in only:
+            _needle(model, tokenizer, text, task, saved)
+        if "loss" in only:
+            bos = _leading_bos(tokenizer)
+            _loss(model, text, longest, loss_windows, bos, saved)
+        if "cost" in only:
+            _cost(model, sorted(wanted["cost"]), saved)
+        rows += [
+            row
+            for metric in METRICS
+            if metric in only
+            for row in saved.rows(metric)
+            if row["length"] in wanted[metric]
+        ]
+        name = model_name or saved.variant
+        if kv_dtype:
+            name += f", keys and values in {kv_dtype}"
+        try:
+            # What was measured in other formats in the same call shows in the same pictures.
+            _draw(saved, rows, only, name, original_context)
+        except UsageError as error:
+            # matplotlib may be missing; figures without pictures are worth keeping.
+            say(f"no pictures: {error}")
+    if None in kv_dtypes and any(kv_dtypes):
+        pictures = [
+            Picture(saved.folder / f"{saved.name(what)}.png", words)
+            for what, words in _PICTURES.items()
+        ]
+        title = f"Keys and values in 8 bits: {model_name or own}"
+        for row in write_comparison(saved, rows, own, title, pictures):
+            say(say_difference(row))
+    return rows
 
 
 def variant_of(config: Any) -> str:
@@ -247,7 +283,15 @@ def _needle(
             return
         last = time.perf_counter()
 
-    run_needle(model, tokenizer, text, task, finished=tuple(cells), on_cell=save)
+    run_needle(
+        model,
+        tokenizer,
+        text,
+        task,
+        finished=tuple(cells),
+        on_cell=save,
+        kv_dtype=saved.kv_dtype,
+    )
 
 
 def _loss(
@@ -259,7 +303,7 @@ def _loss(
     saved: SavedResults,
 ) -> None:
     buckets = min(LOSS_BUCKETS, context)
-    settings = {"windows": num_windows, "buckets": buckets}
+    settings = {"windows": num_windows, "buckets": buckets, **_runtime(model)}
     found = saved.read("loss", settings)
     if all(row["length"] != context for row in found):
         result = loss_by_position(
@@ -269,6 +313,7 @@ def _loss(
             num_windows=num_windows,
             num_buckets=buckets,
             bos_token_id=bos_token_id,
+            kv_dtype=saved.kv_dtype,
         )
         saved.write("loss", settings, found + result.rows(saved.variant))
         saved.say(
@@ -298,6 +343,7 @@ def _cost(model: PreTrainedModel, lengths: Sequence[int], saved: SavedResults) -
                 repeats=REPEATS,
                 prefill_chunk=PREFILL_CHUNK,
                 seed=saved.seed,
+                kv_dtype=saved.kv_dtype,
             )
         else:
             reason = f"Not tried: {too_long:,} tokens did not fit already."
@@ -326,17 +372,26 @@ def _runtime(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _draw(
-    saved: SavedResults, only: Sequence[str], model_name: str, original_context: int | None
+    saved: SavedResults,
+    others: Rows,
+    only: Sequence[str],
+    model_name: str,
+    original_context: int | None,
 ) -> None:
-    folder = saved.folder
+    def place(what: str) -> Path:
+        return saved.folder / f"{saved.name(what)}.png"
+
+    def shown(metric: str) -> Rows:
+        rest = [row for row in others if not str(row["case"]).endswith(f".{saved.variant}")]
+        return [*rest, *saved.rows(metric)]
+
     if "needle" in only:
-        plot_needle(saved.rows("needle"), folder / "needle.png", model_name=model_name)
+        plot_needle(saved.rows("needle"), place("needle"), model_name=model_name)
     if "loss" in only:
-        rows = saved.rows("loss")
-        plot_loss(rows, folder / "loss.png", original_context=original_context)
+        plot_loss(shown("loss"), place("loss"), original_context=original_context)
     if "cost" in only and any(row["value"] is not None for row in saved.rows("cost")):
-        plot_kv_bytes(saved.rows("cost"), folder / "kv.png")
-        plot_decode_time(saved.rows("cost"), folder / "decode.png")
+        plot_kv_bytes(shown("cost"), place("kv"))
+        plot_decode_time(shown("cost"), place("decode"))
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -44,6 +44,7 @@ class SavedResults:
         text: token ids that it is measured on.
         variant: what results call the model.
         seed: of needles and random prompts.
+        kv_dtype: of keys and values; None is the model's own, others have files of their own.
         command: the command line that makes these figures.
         say: prints one line.
     """
@@ -57,26 +58,33 @@ class SavedResults:
         *,
         variant: str,
         seed: int,
+        kv_dtype: str | None = None,
         command: str,
         say: Callable[[str], None],
     ) -> None:
         self.folder = folder
         self.variant, self.seed, self.command, self.say = variant, seed, command, say
         self.device = model.device
+        self.kv_dtype = kv_dtype
         self._identity = {
             "model": fingerprint(model),
             "variant": variant,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "text": hashlib.sha256(text.astype(np.int64).tobytes()).hexdigest(),
             "card": card_name(model.device),
+            **({"kv_dtype": kv_dtype} if kv_dtype else {}),
         }
+
+    def name(self, what: str) -> str:
+        """Return what the file of a metric, or of a picture, is called, without its ending."""
+        return f"{what}_{self.kv_dtype}" if self.kv_dtype else what
 
     def read(self, metric: str, settings: Settings) -> Rows:
         """Return the rows of an earlier evaluation of the same model and text with these settings.
 
         Rows without a figure are left out: what did not fit into memory then may do so now.
         """
-        path = self.folder / f"{metric}.json"
+        path = self.folder / f"{self.name(metric)}.json"
         if not path.is_file():
             return []
         try:
@@ -92,8 +100,8 @@ class SavedResults:
     def write(self, metric: str, settings: Settings, rows: Rows) -> None:
         """Write all rows of one metric."""
         write_results(
-            self.folder / f"{metric}.json",
-            metric,
+            self.folder / f"{self.name(metric)}.json",
+            self.name(metric),
             sorted(rows, key=lambda row: (row["case"], row["length"])),
             command=self.command,
             seed=self.seed,
@@ -101,7 +109,19 @@ class SavedResults:
             device=self.device,
         )
 
+    def write_as(self, name: str, rows: Rows) -> None:
+        """Write rows that were made of others, under a name of their own."""
+        write_results(
+            self.folder / f"{name}.json",
+            name,
+            rows,
+            command=self.command,
+            seed=self.seed,
+            extra={"identity": self._identity},
+            device=self.device,
+        )
+
     def rows(self, metric: str) -> Rows:
         """Return all rows of one metric as its file holds them."""
-        found: Any = read_results(self.folder / f"{metric}.json")["rows"]
+        found: Any = read_results(self.folder / f"{self.name(metric)}.json")["rows"]
         return list(found)

@@ -122,10 +122,11 @@ def test_bytes_held_are_those_of_the_formula(settings: InferenceSettings) -> Non
     row = one(bench, "kv_bytes.hybrid")
     assert row["formula_bytes"] == kv_bytes(SHAPE, PLAN, 256, bytes_per_element=4)
     # A slot has room for the whole window; after 256 tokens the block of the next one is empty.
-    assert row["value"] == row["formula_bytes"] + 2 * TINY_PATTERN.block_size * TOKEN
-    # One page of 128 tokens more for what is written; a spare page and two spare slots.
+    # One entry of each slot is there for rows that are no sequence's.
+    assert row["value"] == row["formula_bytes"] + 2 * (TINY_PATTERN.block_size + 1) * TOKEN
+    # One page of 128 tokens more for what is written; a spare page.
     assert row["bytes_each"] == row["value"] + 128 * TOKEN
-    assert row["spare_bytes"] == 128 * TOKEN + 2 * 80 * TOKEN
+    assert row["spare_bytes"] == 128 * TOKEN
     assert row["allocated_bytes"] == row["bytes_each"] + row["spare_bytes"]
 
 
@@ -369,3 +370,62 @@ def test_sequences_grow_by_a_token_a_step(settings: InferenceSettings, name: str
         for request in task.engine.requests.values():
             assert (request.num_cached, len(request.output)) == (199 + number, number)
         assert stock.cache.get_seq_length() == 199 + number and stock.tokens.shape == (2, 1)
+
+
+def test_layers_that_share_weights_cost_as_many_steps(settings: InferenceSettings) -> None:
+    """Weights of two of three layers: keys, values and work of all three."""
+    seen: list[Any] = []
+
+    def shared() -> Any:
+        config = shape_config(SHAPE, 600)
+        options: dict[str, Any] = {"dtype": torch.float32, "device": CPU, "seed": 0}
+        seen.append(random_model(config, resident_layers=2, **options))
+        return seen[0]
+
+    names = ("hybrid", "hybrid_fp8", "full", "transformers")
+    bench = run(settings, shared, resident_layers=2, variants=names)
+    (model,) = seen
+    layers = [dict(layer.named_parameters()) for layer in model.model.layers]
+    assert all(layers[0][name] is layers[2][name] for name in layers[0])
+    assert all(layers[0][name] is not layers[1][name] for name in layers[0])
+    shape = replace(SHAPE, num_hidden_layers=2)
+    assert bench.weight_bytes == 4 * shape.num_parameters
+    assert [row for row in bench.rows if row.get("error")] == []
+    assert {row["resident_layers"] for row in bench.rows} == {2}
+    row = one(bench, "kv_bytes.full")
+    assert row["value"] == row["formula_bytes"] == 3 * 256 * TOKEN
+    assert row["absent_weight_bytes"] == 4 * SHAPE.layer_parameters
+    assert one(bench, "decode.full", batch=1)["bytes"] == decode_bytes(
+        SHAPE, full_plan(SHAPE), 256, 1, 4
+    )
+    # What is measured is the model with these weights, three layers deep.
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = seen[0](ids).logits
+        state = {name: x.clone() for name, x in model.state_dict().items()}
+        own = random_model(shape_config(SHAPE, 600), dtype=torch.float32, device=CPU, seed=1)
+        own.load_state_dict(state)
+        assert torch.equal(own(ids).logits, expected)
+
+
+def test_which_weights_are_there_is_said(settings: InferenceSettings) -> None:
+    assert settings.resident_note == "" and settings.absent_bytes == 0
+    few = replace(settings, resident_layers=1)
+    assert few.resident_note.startswith("The weights of 1 of 3 layers are there")
+    assert few.absent_bytes == 2 * 4 * SHAPE.layer_parameters
+
+
+def test_only_weights_that_are_there_have_to_fit(
+    settings: InferenceSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = kv_bytes(SHAPE, PLAN, 256, bytes_per_element=4)
+    few = replace(settings, resident_layers=1, variants=("hybrid",))
+    for spare, fits in ((0, True), (-1, False)):
+        free = 4 * few.resident_shape.num_parameters + cache + spare
+        monkeypatch.setattr(inference, "free_bytes", lambda device, free=free: free)
+        bench = InferenceBench(few, load)
+        if fits:
+            bench._check_memory()
+        else:
+            with pytest.raises(UsageError, match="--resident-layers with --shape"):
+                bench._check_memory()

@@ -109,7 +109,7 @@ def test_the_picture_holds_all_lines_and_all_text(
     assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and file.stat().st_size > 20_000
     (figure,) = figures
     figure.canvas.draw()
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4
     texts = [figure._suptitle, *figure.legends]
     for axes in figure.axes:
         texts += [axes.title, *axes.texts]
@@ -135,3 +135,22 @@ def test_one_row_is_a_picture_and_none_is_not(tmp_path: Path) -> None:
     empty = [{**row, "value": None} for row in given]
     with pytest.raises(UsageError, match="nothing to draw"):
         plot_inference(empty, tmp_path / "none.png", title="")
+
+
+def test_the_best_batch_of_each() -> None:
+    found = rows(131072)
+    head, lines = summary.throughput_table(found)
+    assert head == ["tokens", "variant", "fit", "best with", "tokens/s in all", "hybrid is"]
+    assert [line[:4] for line in lines] == [
+        ["128K", "hybrid", "4", "4"],
+        ["", "full", "4", "4"],
+        ["", "transformers", "4", "4"],
+    ]
+    # 4 sequences in 2 x 10.2 ms, and in 2 x 20 ms.
+    assert [line[4] for line in lines[:2]] == ["196", "100"] and lines[1][5] == "1.96x"
+    slow = [
+        row | {"tokens_per_second": 1.0} if row["batch"] == 4 else row
+        for row in found
+        if row["case"].startswith("decode")
+    ]
+    assert [row["batch"] for row in summary.best_batches(slow).values()] == [1, 1, 1]

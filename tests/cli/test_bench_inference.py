@@ -150,3 +150,20 @@ def test_what_does_not_fit_is_refused_with_numbers(
     assert (result.code, result.out) == (2, "")
     assert "llama-2-7b does not fit: its weights take 25.1 GiB in fp32" in result.err
     assert "1.00 GiB of memory are free on cpu" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--resident-layers", "2", "--quick"), "is for the random weights of --shape"),
+        (
+            ("--shape", "llama-2-70b", "--resident-layers", "80"),
+            "--resident-layers is 80, but llama-2-70b has 80 layers; give fewer",
+        ),
+    ],
+)
+def test_resident_layers_that_cannot_be(
+    run: Callable[..., Any], arguments: tuple[str, ...], part: str
+) -> None:
+    result = run("bench", "inference", *arguments, "--device", "cpu")
+    assert result.code != 0 and part in " ".join(result.err.split())

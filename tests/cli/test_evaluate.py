@@ -258,3 +258,35 @@ def test_a_folder_with_other_content_is_refused(
     other.write_text('{"mine": 1}')
     assert f"({name})" in refused(*arguments, "--only", "loss")
     assert other.read_text() == '{"mine": 1}'
+
+
+def test_eight_bits_beside_the_models_own_format(
+    run: Callable[..., Any], arguments: tuple[object, ...], tmp_path: Path
+) -> None:
+    few = (*arguments, "--lengths", "192", "--only", "loss")
+    result = run(*few, "--kv-dtype", "both")
+    assert result.code == 0
+    header, *lines, _ = result.out.splitlines()
+    assert " ".join(header.split()) == "tokens model loss (nats)"
+    assert [" ".join(line.split()[:-1]) for line in lines] == [
+        "192 hybrid",
+        "192 hybrid, fp8 cache",
+    ]
+    assert "nats a token" in result.err
+    folder = tmp_path / "results"
+    names = ["kv_dtypes.json", "loss.json", "loss.png", "loss_fp8.json", "loss_fp8.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "report.html", "report.md"]
+    (row,) = rows(folder, "loss_fp8")
+    assert row["case"] == "loss.hybrid_fp8"
+    # Its own files are no other content.
+    assert run(*few, "--kv-dtype", "fp8").code == 0
+
+
+def test_eight_bits_that_cannot_be(
+    run: Callable[..., Any], arguments: tuple[object, ...], tiny_checkpoint: Path
+) -> None:
+    result = run(*arguments, "--kv-dtype", "int4")
+    assert result.code != 0 and "'int4' is not known; give fp8, both" in result.err
+    other = (arguments[0], tiny_checkpoint, *arguments[2:])
+    result = run(*other, "--kv-dtype", "both")
+    assert result.code != 0 and "is for hybrids, and the model isn't one" in result.err

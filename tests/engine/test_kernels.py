@@ -116,8 +116,8 @@ def test_slots_and_pages_hold_what_their_places_say(
         # One more row only fills the batch up.
         batch = DecodeBatch.of(
             cache,
-            [*lengths, 1],
-            [*going, cache.spare_slot],
+            [*lengths, 0],
+            [*going, 0],
             [*(rows[slot] for slot in going), [cache.spare_page] * 5],
         )
         k, v = (x[[*going, 1], [n - 1 for n in [*lengths, 1]]] for x in tokens)
@@ -133,8 +133,9 @@ def test_slots_and_pages_hold_what_their_places_say(
             sparse = stored[1][which].view(3, longest, HEADS, DIM)[slot]
             for h in range(HEADS):
                 held = places[h] >= 0
-                assert torch.equal(bits(slots[slot, held, h]), bits(sparse[places[h][held], h]))
-                assert slots[slot, ~held, h].float().isnan().all()
+                own = slots[slot, :-1, h]
+                assert torch.equal(bits(own[held]), bits(sparse[places[h][held], h]))
+                assert own[~held].float().isnan().all()
         assert slots[1].float().isnan().all() and pages[10:12].float().isnan().all()
 
 
@@ -176,6 +177,29 @@ def test_attention_over_scaled_pages(group: int, width: int, dtype: torch.dtype)
             assert torch.allclose(out.double(), exact, atol=1e-5)
             assert not arrivals.any()
         assert torch.allclose(decode_attention(**inputs, num_splits=splits), out, atol=1e-6)
+
+
+def test_rows_that_are_no_sequences_see_nothing() -> None:
+    """Of no length in pages; and in slots, of which an entry is left out, under a mask."""
+    torch.manual_seed(0)
+    q = torch.randn(3, 4, 16)
+    pages = torch.randn(2, 12, 128, 2, 16)
+    tables, lengths = torch.arange(12).view(3, 4), torch.tensor([0, 300, 0])
+    slots = torch.randn(2, 3, 131, 2, 16)
+    visible = torch.zeros(3, 1, 130, dtype=torch.bool)
+    visible[1, :, :70] = True
+    places = torch.arange(3)[:, None]
+    for splits in (None, 1, 3):
+        for arrivals in (None, torch.zeros(3, 2, dtype=torch.int32)):
+            options: dict[str, Any] = {"scale": 0.3, "num_splits": splits, "arrivals": arrivals}
+            full = decode_attention(q, *pages, tables, lengths=lengths, **options)
+            sparse = decode_attention(q, *slots[:, :, :130], places, visible=visible, **options)
+            alone = decode_attention(
+                q[1:2], *slots[:, 1:2, :70], places[:1], scale=0.3, lengths=torch.tensor([70])
+            )
+            assert not full[[0, 2]].any() and not sparse[[0, 2]].any()
+            assert full[1].any() and torch.allclose(sparse[1], alone[0], atol=1e-6)
+            assert arrivals is None or not arrivals.any()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")

@@ -86,3 +86,15 @@ def test_places_of_new_tokens_can_be_compiled_for_any_lengths(stride: int) -> No
         ):
             assert (found is meant is None) or torch.equal(found, meant)
     assert counter.frame_count == 1
+
+
+def test_a_row_that_is_no_sequences_writes_behind_a_slot_and_sees_nothing(
+    pattern: SparsePattern,
+) -> None:
+    geometry = SlotGeometry(pattern, 2, 40)
+    places = slot_places(geometry, torch.tensor([0, 7, 0]))
+    assert (places.entries[[0, 2]] == geometry.capacity).all()
+    assert (places.entries[1] < geometry.capacity).all()
+    if places.moved is not None:
+        assert torch.equal(places.moved[[0, 2]], places.entries[[0, 2]])
+    assert not places.visible[[0, 2]].any() and places.visible[1].any()

@@ -73,7 +73,7 @@ def test_answers_are_those_of_generate(
 def test_a_prompt_is_read_in_pieces(
     hybrid: Any, examples: list[NeedleExample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "_STEP_TOKENS", 64)
+    monkeypatch.setattr(asking, "STEP_TOKENS", 64)
     real, sizes = engine_module.run, []
 
     def run(model: Any, step: Any, tokens: Any, rows: Any) -> torch.Tensor:
@@ -151,7 +151,7 @@ def test_the_batch_is_what_is_of_use_and_fits(
             self.each = self.cache.bytes_of(self.max_length)
 
     monkeypatch.setattr(asking, "Engine", Watched)
-    monkeypatch.setattr(asking, "_STEP_TOKENS", 1000)
+    monkeypatch.setattr(asking, "STEP_TOKENS", 1000)
     (alone,) = [Watched(hybrid, max_length=len(examples[0].input_ids), beyond_context=True).each]
     length, answer = len(examples[0].input_ids), examples[0].answer_size
     for free, wanted in ((0, 1), (6 * alone, 4), (10**12, (answer + 1) * 1000 // length + 2)):

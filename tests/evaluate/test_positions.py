@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -98,3 +100,36 @@ def test_senseless_counts(
 ) -> None:
     with pytest.raises(UsageError, match="context of 64"):
         loss_by_position(model, tokens, 64, **counts)
+
+
+@pytest.mark.parametrize("step_tokens", [8192, 50])
+def test_a_hybrid_is_read_through_the_engines_cache(
+    hybrid: Any, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch, step_tokens: int
+) -> None:
+    """Beyond the context, too, and whatever the pieces: the losses of a forward pass."""
+    monkeypatch.setattr(positions, "STEP_TOKENS", step_tokens)
+    found = loss_by_position(hybrid, tokens, 230, num_windows=3, num_buckets=2, bos_token_id=0)
+    assert found.runtime == "longgen.engine"
+    starts = [0, 385, 770]
+    windows = [np.concatenate([[0], tokens[s : s + 230]]) for s in starts]
+    losses = np.stack([naive(hybrid, window) for window in windows])
+    np.testing.assert_allclose(found.by_window, losses.mean(1), rtol=0, atol=EPS)
+    expected = [losses[:, :115].mean(), losses[:, 115:].mean()]
+    np.testing.assert_allclose(found.mean, expected, rtol=0, atol=EPS)
+    (row,) = found.rows("hybrid")
+    assert row["by_window"] == list(found.by_window)
+
+
+def test_eight_bits_change_the_loss_a_little(hybrid: Any, tokens: np.ndarray) -> None:
+    settings: dict[str, Any] = {"num_windows": 3, "num_buckets": 2}
+    own = loss_by_position(hybrid, tokens, 160, **settings)
+    small = loss_by_position(hybrid, tokens, 160, kv_dtype="fp8", **settings)
+    again = loss_by_position(hybrid, tokens, 160, kv_dtype="fp8", **settings)
+    assert small == again
+    changes = np.abs(np.subtract(small.mean, own.mean))
+    assert (changes > EPS).all() and (changes < 0.05 * np.array(own.mean)).all()
+
+
+def test_eight_bits_are_for_hybrids(model: LlamaForCausalLM, tokens: np.ndarray) -> None:
+    with pytest.raises(UsageError, match=r"fp8 are for hybrids, .* LlamaForCausalLM isn't one"):
+        loss_by_position(model, tokens, 64, kv_dtype="fp8")

@@ -14,6 +14,7 @@ from longgen.engine.decode import DecodeBatch
 from longgen.engine.runner import DecodeRunner
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
+from tests.engine.rounding import compare
 from tests.hf.conftest import SINK, STRIDED, build, tokens
 
 pytestmark = [
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
+LENGTHS = (3, 700, 1500, 2000, 128)
 FP8 = torch.float8_e4m3fn
 BOTH = SparsePattern(block_size=3, sink_blocks=2, local_blocks=2, stride_blocks=2, head_shift=3)
 
@@ -262,3 +264,47 @@ def test_recorded_steps_equal_unrecorded_ones(
         done = engine.generate(prompts, SamplingParams(max_tokens=50, ignore_eos=True))
         outputs.append([request.output for request in done])
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["MHA", "GQA"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        SparsePattern.attention_sink(block_size=128, local_blocks=4),
+        SparsePattern(block_size=64, sink_blocks=0, local_blocks=2, stride_blocks=4, head_shift=1),
+    ],
+    ids=["sink", "strided"],
+)
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["recorded", "plain"])
+def test_bf16_rounds_no_worse_than_eager(
+    pattern: SparsePattern,
+    heads: tuple[int, int],
+    enforce_eager: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Logits within twice the error that eager transformers makes against fp32, prompts in pieces
+    and decoding; greedy texts part at near-ties alone, which are printed."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = build(
+        pattern=pattern,
+        layers="SFFS",
+        heads=heads[0],
+        key_value_heads=heads[1],
+        head_dim=64,
+        hidden_size=512,
+        intermediate_size=1024,
+        vocab_size=2048,
+        max_position_embeddings=4096,
+        initializer_range=0.06,
+    ).cuda()
+    prompts = [(31 * tokens(n, seed=n) + tokens(n, seed=n + 1)).remainder(2048) for n in LENGTHS]
+    found = compare(
+        model,
+        [prompt.tolist() for prompt in prompts],
+        100,
+        512,
+        enforce_eager=enforce_eager,
+    )
+    with capsys.disabled():
+        print(f"\n{pattern}, {heads} heads, enforce_eager={enforce_eager}\n{found.summary()}")
+    found.check()

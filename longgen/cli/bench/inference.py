@@ -109,6 +109,17 @@ def inference(
             help="Tokens of a prompt that the engine reads at a time; it is timed at once, too.",
         ),
     ] = "8K",
+    resident_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--resident-layers",
+            min=1,
+            metavar="N",
+            help="With --shape, for a model whose weights do not fit: N layers have weights, and "
+            "all the others use these over again. Times are those of the whole model. "
+            "[default: all]",
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     quick: Annotated[
         bool,
@@ -153,6 +164,18 @@ def inference(
         full_layers=full_layers,
     )
     refuse_two_models(model, shape, quick=quick)
+    if resident_layers is not None:
+        if shape is None:
+            raise UsageError(
+                "--resident-layers is for the random weights of --shape: a checkpoint's layers "
+                "have their own. Leave it out."
+            )
+        total = SHAPES[shape.lower()].num_hidden_layers
+        if resident_layers >= total:
+            raise UsageError(
+                f"--resident-layers is {resident_layers}, but {shape} has {total} layers; give "
+                "fewer, or leave it out."
+            )
     chosen_lengths = parse_lengths(lengths)
     chosen_batches = _batches(batches)
     chunk = parse_tokens(prefill_chunk)
@@ -173,6 +196,7 @@ def inference(
         dtype=dtype,
         seed=seed,
         quick=quick,
+        resident_layers=resident_layers,
     )
     say = progress_lines()
     if place.type != "cuda":
@@ -188,7 +212,13 @@ def inference(
             return open_model(model, place, settings.dtype)
         say(f"random weights of {settings.name}: how long a model takes doesn't depend on them")
         config = shape_config(settings.shape, settings.context)
-        return random_model(config, dtype=settings.torch_dtype, device=place, seed=seed)
+        return random_model(
+            config,
+            dtype=settings.torch_dtype,
+            device=place,
+            seed=seed,
+            resident_layers=resident_layers,
+        )
 
     def flush(row: dict[str, Any]) -> None:
         if file:
@@ -235,6 +265,7 @@ def _settings(
     dtype: str | None,
     seed: int,
     quick: bool,
+    resident_layers: int | None,
 ) -> InferenceSettings:
     from longgen.bench.inference_settings import (
         DEFAULT_VARIANTS,
@@ -294,6 +325,7 @@ def _settings(
         else prefill_chunk,
         dtype=dtype,
         seed=seed,
+        resident_layers=resident_layers,
     )
     return quick_settings(settings) if quick else settings
 
@@ -308,6 +340,7 @@ def _extra(run: InferenceBench) -> dict[str, Any]:
         "layers": settings.plan.layers,
         "pattern": settings.plan.pattern.to_dict(),
         "weight_bytes": run.weight_bytes,
+        **({"weights": note} if (note := settings.resident_note) else {}),
         "ceiling": run.ceiling and run.ceiling.row(),
         "timing": run.timing(),
         "ratios": ratios(run.rows),
@@ -325,6 +358,8 @@ def _draw(run: InferenceBench, path: Path, say: Any) -> None:
         f"{settings.name} on {card_name(settings.device)}: {plan}, {settings.plan.pattern}, "
         f"{settings.dtype}"
     )
+    if few := settings.resident_layers:
+        title += f"; weights of {few} layers, used by all in turn"
     draw(lambda: plot_inference(run.rows, path, title=title), say)
 
 
@@ -334,9 +369,16 @@ def _print_tables(run: InferenceBench) -> None:
     console = stdout_console()
     settings = run.settings
     console.print(f"{settings.name}  {settings.plan}  {settings.plan.pattern}  {settings.dtype}")
+    if settings.resident_note:
+        console.print(settings.resident_note)
     if run.ceiling:
         console.print(say_ceiling(run.ceiling))
-    for make in (summary.prefill_table, summary.decode_table, summary.memory_table):
+    for make in (
+        summary.prefill_table,
+        summary.decode_table,
+        summary.memory_table,
+        summary.throughput_table,
+    ):
         head, lines = make(run.rows)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in head:
