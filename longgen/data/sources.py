@@ -67,16 +67,23 @@ class Documents:
     """Iterate over documents lazily, in a fixed order; one document is in memory at a time.
 
     Each pass reads the files anew. `report` belongs to the latest pass, and is complete once
-    that pass has ended.
+    that pass has ended. A pass without documents is an error unless `allow_none`.
     """
 
     def __init__(
-        self, inputs: Sequence[Input], found: SourcesReport, *, strict: bool, text_field: str
+        self,
+        inputs: Sequence[Input],
+        found: SourcesReport,
+        *,
+        strict: bool,
+        text_field: str,
+        allow_none: bool = False,
     ) -> None:
         self._inputs = tuple(inputs)
         self._found = found
         self._strict = strict
         self._text_field = text_field
+        self._allow_none = allow_none
         self.report = SourcesReport(**found.to_dict())
 
     def __iter__(self) -> Iterator[Document]:
@@ -97,7 +104,7 @@ class Documents:
                     )
                 else:
                     report.skip(item.reason, f"{item.where}: {item.detail}")
-        if not report.documents:
+        if not report.documents and not self._allow_none:
             raise no_documents(report)
 
 
