@@ -27,6 +27,7 @@ from longgen.data.corpus import (
     CorpusView,
     TokenizedCorpus,
     check_vocabulary,
+    default_heldout,
     split_heldout,
 )
 from longgen.data.packing import PackedDataset
@@ -251,8 +252,7 @@ def _split(config: ExtendConfig, corpus: CorpusView) -> tuple[CorpusView, Corpus
         )
     tokens = config.heldout_tokens
     if tokens is None:
-        tokens = min(max(corpus.num_tokens // 20, 2 * config.context), 16 * config.context)
-        tokens = min(tokens, corpus.num_tokens // 4)
+        tokens = default_heldout(corpus.num_tokens, config.context)
     return split_heldout(corpus, tokens=tokens, seed=config.seed)
 
 
