@@ -333,8 +333,7 @@ class PackedSet:
         corpus = open_tokens(place)
         if len(corpus.tokens) != wanted["tokens"] or identity_of(corpus) != wanted["identity"]:
             raise UsageError(
-                f"The tokens in {place} are not those that {self.folder} was packed of. Pack "
-                "again."
+                f"The tokens in {place} are not those that {self.folder} was packed of. Pack again."
             )
         return corpus
 

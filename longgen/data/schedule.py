@@ -58,9 +58,7 @@ class Schedule:
         cycles, rest = divmod(num, self.period)
         self._extend(rest)
         part = np.bincount(self._sources[:rest], minlength=len(self.weights)).tolist()
-        return [
-            cycles * weight + count for weight, count in zip(self.weights, part, strict=True)
-        ]
+        return [cycles * weight + count for weight, count in zip(self.weights, part, strict=True)]
 
     def _extend(self, length: int) -> None:
         """Know the first `length` places of the period."""
