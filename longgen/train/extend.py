@@ -30,8 +30,8 @@ from longgen.data.corpus import (
     default_heldout,
     split_heldout,
 )
+from longgen.data.mixture import Mixture
 from longgen.data.packing import PackedDataset
-from longgen.data.recall import RecallText
 from longgen.data.sources import Documents, read_documents
 from longgen.data.tokenized import tokenize_documents
 from longgen.errors import UsageError
@@ -42,6 +42,7 @@ from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.config import ExtendConfig, check_context
+from longgen.train.data import mixture_of, recall_text, remember_data, say_mixture
 from longgen.train.folder import HELDOUT, RUN, check_folder, training_folder
 from longgen.train.processes import Processes
 from longgen.train.trainer import (
@@ -95,30 +96,34 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, base.vocab_size)
     checkpointing, planned = _fit(config, shape)
-    documents = processes.first(lambda: None if resume else _documents(config), lambda: None)
+    mixture = mixture_of(config, tokenizer)
+    documents = None
+    if mixture is None:
+        documents = processes.first(lambda: None if resume else _documents(config), lambda: None)
     folder, created = training_folder(config.out), not Path(config.out).exists()
     checkpoint = processes.first(
         lambda: _begin(config, resume, say),
         lambda: newest_checkpoint(folder)[0] if resume else None,
     )
     try:
-        corpus = processes.first(
-            lambda: _corpus(config, tokenizer, documents, say),
-            lambda: TokenizedCorpus.open(folder / "corpus"),
-        )
-        train, heldout = _split(config, corpus)
-        recall = (
-            RecallText(tokenizer, records_per_sequence=config.recall_records)
-            if config.recall_share
-            else None
-        )
-        packed = PackedDataset(
-            train,
-            context=config.context,
-            seed=config.seed,
-            recall=recall,
-            recall_share=config.recall_share,
-        )
+        packed: PackedDataset | Mixture
+        if mixture is not None:
+            packed, text = mixture, mixture.heldout(config.heldout_tokens or 16 * config.context)
+            processes.first(lambda: remember_data(folder, mixture, resume), lambda: None)
+        else:
+            corpus = processes.first(
+                lambda: _corpus(config, tokenizer, documents, say),
+                lambda: TokenizedCorpus.open(folder / "corpus"),
+            )
+            train, heldout = _split(config, corpus)
+            text = np.concatenate([heldout.document(i) for i in range(len(heldout))])
+            packed = PackedDataset(
+                train,
+                context=config.context,
+                seed=config.seed,
+                recall=recall_text(config, tokenizer),
+                recall_share=config.recall_share,
+            )
         packed.check_enough(config.num_sequences, allow_repeat=config.allow_repeat)
         hybrid = load_as_hybrid(
             config.model,
@@ -132,13 +137,18 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
             shutil.rmtree(Path(config.out) if created else folder, ignore_errors=True)
         raise
     if processes.is_first:
-        text = np.concatenate([heldout.document(i) for i in range(len(heldout))])
         np.save(folder / HELDOUT, text)
-    report = packed.report()
-    say(
-        f"{train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out; "
-        f"{report.rows:,} sequences of {config.context:,}, {report.padding_rate:.1%} padding"
-    )
+    data, packing = None, {}
+    if isinstance(packed, Mixture):
+        packing = {"sets": packed.report(config.num_sequences)}
+        say_mixture(packed, config, len(text), say)
+    else:
+        report = packed.report()
+        say(
+            f"{train.num_tokens:,} tokens to train on, {len(text):,} held out; "
+            f"{report.rows:,} sequences of {config.context:,}, {report.padding_rate:.1%} padding"
+        )
+        data, packing = corpus.info.get("sources"), report.to_dict()
     say(
         f"layers {plan}  "
         f"{f'sparse layers see {plan.pattern}; ' if 'S' in plan.layers else ''}rotary base "
@@ -153,8 +163,8 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
         "config": config.to_dict(),
         "rope_theta": hybrid.config.rope_parameters["rope_theta"],
         "original_context": base.max_position_embeddings,
-        "data": corpus.info.get("sources"),
-        "packing": report.to_dict(),
+        "data": data,
+        "packing": packing,
     }
     figures = _train(config, hybrid, packed, shape, plan, checkpointing, checkpoint, processes, say)
     record["training"] = {**figures, "planned_bytes": planned}
@@ -271,7 +281,7 @@ def compile_elementwise(model: Any) -> None:
 def _train(
     config: ExtendConfig,
     model: Any,
-    packed: PackedDataset,
+    packed: PackedDataset | Mixture,
     shape: ModelShape,
     plan: LayerPlan,
     checkpointing: bool,
