@@ -217,7 +217,7 @@ def _print(listing: dict[str, Any], out: str, plot: bool) -> None:
     """Print what became of each source, a column each for what happened to its tokens."""
     console = stdout_console()
     # Better broken lines than figures cut off.
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 130)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("source")
     columns = (

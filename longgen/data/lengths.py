@@ -28,13 +28,14 @@ def length_statistics(lengths: np.ndarray) -> dict[str, Any]:
 
     Returns:
         count, tokens, mean, median, p90, p99, longest, and `histogram`: for each power of two
-        from the shortest to the longest, documents and tokens of documents of at least that
-        length and below twice that.
+        from the shortest to the longest, documents and tokens of documents up to that length and
+        above half of it.
     """
     lengths = lengths[lengths > 0]
     if not len(lengths):
         return {"count": 0, "tokens": 0, "histogram": []}
-    power = np.frexp(lengths.astype(np.float64))[1] - 1  # exact, unlike a logarithm
+    part, power = np.frexp(lengths.astype(np.float64))  # exact, unlike a logarithm
+    power = power - (part == 0.5)
     documents = np.bincount(power)
     tokens = np.bincount(power, weights=lengths.astype(np.float64))
     median, p90, p99 = np.percentile(lengths, (50, 90, 99))
@@ -47,7 +48,7 @@ def length_statistics(lengths: np.ndarray) -> dict[str, Any]:
         "p99": float(p99),
         "longest": int(lengths.max()),
         "histogram": [
-            {"length": 1 << i, "documents": int(documents[i]), "tokens": int(tokens[i])}
+            {"up_to": 1 << i, "documents": int(documents[i]), "tokens": int(tokens[i])}
             for i in range(int(power.min()), len(documents))
         ],
     }
@@ -78,8 +79,8 @@ def plot_lengths(sources: Sequence[dict[str, Any]], path: str | Path, *, title: 
         for kind in ("document_lengths", "piece_lengths")
         for bar in one[kind]["histogram"]
     ]
-    lowest = min(bar["length"] for bar in bars)
-    highest = max(2 * bar["length"] for bar in bars)
+    lowest = min(bar["up_to"] for bar in bars) / 2
+    highest = max(bar["up_to"] for bar in bars)
     for (left, right), one in zip(grid, sources, strict=True):
         for kind, colour, name in (
             ("document_lengths", _DOCUMENTS, "documents"),
@@ -87,7 +88,7 @@ def plot_lengths(sources: Sequence[dict[str, Any]], path: str | Path, *, title: 
         ):
             histogram = one[kind]["histogram"]
             whole = max(one[kind]["tokens"], 1)
-            edges = [bar["length"] for bar in histogram] + [2 * histogram[-1]["length"]]
+            edges = [histogram[0]["up_to"] / 2, *(bar["up_to"] for bar in histogram)]
             shares = [100 * bar["tokens"] / whole for bar in histogram]
             left.stairs(
                 shares,
@@ -98,11 +99,20 @@ def plot_lengths(sources: Sequence[dict[str, Any]], path: str | Path, *, title: 
                 label=name,
                 zorder=3 if name == "documents" else 4,
             )
-        left.axvline(one["context"], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="row")
+        left.axvline(
+            one["context"],
+            color=GREY,
+            linewidth=1,
+            linestyle=(0, (4, 3)),
+            label="length of a row",
+            zorder=5,
+        )
         left.set_xscale("log", base=2)
         step = 2 if highest / lowest > 2**12 else 1
-        ticks = [1 << i for i in range(lowest.bit_length() - 1, highest.bit_length(), step)]
-        left.set_xticks(ticks, [say_tokens(tick) for tick in ticks], rotation=0, fontsize=8.5)
+        first = max(int(lowest), 1).bit_length() - 1
+        ticks = [1 << i for i in range(first, highest.bit_length(), step)]
+        names = [f"{t >> 20}M" if t >= 1 << 20 else say_tokens(t) for t in ticks]
+        left.set_xticks(ticks, names, fontsize=8.5)
         left.minorticks_off()
         left.set_xlim(lowest, highest)
         left.set_ylim(bottom=0)
@@ -140,8 +150,10 @@ def _bar(axes: Any, report: dict[str, Any]) -> None:
     at = 0.0
     for name, counts, colour in FATES:
         share = 100 * sum(report[count] for count in counts) / max(report["tokens"], 1)
+        if not share:
+            continue
         axes.barh(0, share, left=at, height=0.5, color=colour, label=name, zorder=3)
-        if share >= 6:
+        if share >= 9:
             axes.text(
                 at + share / 2,
                 0,
@@ -159,7 +171,7 @@ def _bar(axes: Any, report: dict[str, Any]) -> None:
     axes.xaxis.set_major_formatter("{x:.0f} %")
     axes.set_title(
         f"{report['rows']:,} rows, {100 * report['padding_rate']:.2g} % padding, "
-        f"{report['cut_documents']:,} documents cut to fill",
+        f"cut to fill: {report['cut_documents']:,}",
         loc="right",
         fontsize=9,
     )
