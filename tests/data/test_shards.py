@@ -23,7 +23,7 @@ def write(folder: Path, *shards: list[list[int]], dtype: str = "<u2") -> None:
     folder.mkdir(exist_ok=True)
     for number, documents in enumerate(shards):
         tokens = folder / "tokens"
-        tokens.write_bytes(np.asarray(sum(documents, []), dtype=dtype).tobytes())
+        tokens.write_bytes(np.asarray([i for one in documents for i in one], dtype=dtype).tobytes())
         write_shard(folder, f"{number:03}", tokens, np.cumsum([len(one) for one in documents]))
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +74,8 @@ def test_the_tokens_are_those_of_one_process(
     assert len(info["shards"]) > 5
     assert info["sources"]["skipped"] == whole.info["sources"]["skipped"]
     assert info["sources"]["skipped"] == {"unsupported": 1, "empty": 2, "malformed": 1}
-    for key in ("documents", "tokens", "characters", "tokenizer", "dtype", "eos_token_id"):
-        expected = whole.info[key]
-        assert info[key] == expected or key == "tokenizer"
+    for key in ("documents", "tokens", "characters", "dtype", "eos_token_id"):
+        assert info[key] == whole.info[key]
     assert info["tokenizer"]["fingerprint"] == whole.info["tokenizer"]["fingerprint"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     shards = [shard["name"] for shard in info["shards"]]
@@ -129,7 +127,7 @@ def test_what_changed_in_between_is_noticed(
 ) -> None:
     settings = TokenizeSettings(model=model, data=(str(texts),), strict=True)
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match=r"lines\.jsonl.*strict"):
+    with pytest.raises(UsageError, match=r"empty\.txt.*strict"):
         tokenize(settings, out, say=quiet)
     plan = read_plan(out)
     assert plan is not None and (out / "00000.json").is_file()
@@ -165,7 +163,7 @@ def test_errors_of_workers_arrive_and_stop_the_others(
     monkeypatch.setattr(job, "_SMALLEST_SHARD", 200)
     monkeypatch.setattr(job, "_LARGEST_SHARD", 300)
     settings = TokenizeSettings(model=model, data=(str(texts),), strict=True)
-    with pytest.raises(UsageError, match=r"lines\.jsonl.*strict"):
+    with pytest.raises(UsageError, match=r"(lines\.jsonl|empty\.txt).*strict"):
         tokenize(settings, tmp_path / "out", workers=2, say=quiet)
     with pytest.raises(UsageError, match="number of workers is 0"):
         tokenize(settings, tmp_path / "new", workers=0, say=quiet)
@@ -182,7 +180,7 @@ def test_nothing_to_tokenize_leaves_nothing(tmp_path: Path, model: str) -> None:
 def test_a_killed_job_takes_its_workers_along_and_is_resumed(
     tmp_path: Path, texts: Path, model: str
 ) -> None:
-    for i in range(40):
+    for i in range(16):
         (texts / f"more{i}.txt").write_text("The river runs past the mill.\n" * 20_000)
     program = (
         "import sys, longgen.data.tokenize as job\n"
@@ -214,7 +212,7 @@ def test_a_killed_job_takes_its_workers_along_and_is_resumed(
     assert not (out / "corpus.json").exists()
     settings = TokenizeSettings(model=model, data=(str(texts),))
     corpus = tokenize(settings, out, resume=True, say=quiet)
-    assert len(corpus) == 9 + 60 + 40
+    assert len(corpus) == 9 + 60 + 16
 
 
 def _alive(session: int) -> list[str]:
@@ -231,9 +229,7 @@ def _alive(session: int) -> list[str]:
 
 
 @pytest.mark.parametrize("target", [1, 7, 100, 350, 10_000])
-def test_parts_of_a_file_read_what_the_file_holds(
-    texts: Path, target: int, tmp_path: Path
-) -> None:
+def test_parts_of_a_file_read_what_the_file_holds(texts: Path, target: int, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     datasets = pytest.importorskip("datasets")
@@ -255,7 +251,7 @@ def test_parts_of_a_file_read_what_the_file_holds(
         assert [item.text for item in found if isinstance(item, Document)] == [
             item.text for item in whole if isinstance(item, Document)
         ]
-        assert len(parts) > 1 or target > 300
+        assert len(parts) > 1 or target > 30
 
 
 def test_the_job_says_how_far_it_is(
@@ -269,9 +265,6 @@ def test_the_job_says_how_far_it_is(
     done = [int(line.split()[1]) for line in lines if line.startswith("tokenizing: ")]
     assert done == sorted(done) and done[0] == 0 and len(set(done)) > 5
     assert "min left" in lines[-1] and "tokens/s" in lines[0]
-
-
-Maker = Callable[..., Any]
 
 
 def test_marks_are_as_asked_for(tmp_path: Path, model: str) -> None:
