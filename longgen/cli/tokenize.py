@@ -138,6 +138,13 @@ def tokenize(
     _run(jobs, workers, resume, recipe is not None, json)
 
 
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def check_tokens_output(out: str) -> None:
     """Refuse a folder in use before anything heavy is imported; unfinished work is told of later.
 
@@ -178,7 +185,7 @@ def _run(
             corpus = tokenize(
                 TokenizeSettings(**fields),
                 folder,
-                workers=workers or len(os.sched_getaffinity(0)),
+                workers=workers or _cores(),
                 resume=resume and (plan is not None or not several),
                 say=say,
             )
