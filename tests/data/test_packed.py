@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import longgen
@@ -66,6 +66,11 @@ def spans(pieces: np.ndarray) -> list[int]:
     return [token for start, length in pieces.tolist() for token in range(start, start + length)]
 
 
+# Rows that leave space, which only cut documents can fill.
+TO_FILL = ([50] * 20, PackOptions(context=64, heldout_tokens=0))
+
+
+@example(*TO_FILL)
 @given(document_lengths, all_options())
 def test_every_token_is_in_one_row_or_reported(lengths: list[int], options: PackOptions) -> None:
     corpus = view_of(lengths)
@@ -94,6 +99,7 @@ def test_every_token_is_in_one_row_or_reported(lengths: list[int], options: Pack
     assert report.predicted_tokens == len(packed) - len(pieces)
 
 
+@example(*TO_FILL)
 @given(document_lengths, all_options())
 def test_documents_are_chosen_and_cut_as_asked(lengths: list[int], options: PackOptions) -> None:
     """An oracle of its own goes through the documents one by one; nothing is held out here."""
