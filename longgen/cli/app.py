@@ -20,8 +20,10 @@ from longgen.cli.evaluate import evaluate
 from longgen.cli.export import export
 from longgen.cli.extend import extend
 from longgen.cli.generate import generate
+from longgen.cli.pack import pack
 from longgen.cli.plan import plan
 from longgen.cli.several import SeveralValues
+from longgen.cli.tokenize import tokenize
 from longgen.errors import ReportedElsewhere, UsageError
 
 INTERRUPTED = 130
@@ -76,6 +78,8 @@ def _longgen(
 
 
 app.command()(plan)
+app.command(cls=SeveralValues)(tokenize)
+app.command()(pack)
 app.command(cls=SeveralValues)(extend)
 app.command()(convert)
 app.command()(export)

@@ -69,7 +69,8 @@ def extend(
             "--data",
             metavar="PATHS...",
             help="What to train on: files (text, source code, .jsonl, .parquet), folders of them, "
-            "local datasets, or globs. Takes several paths in a row, and may be repeated.",
+            "local datasets, or globs; or what `longgen pack` wrote, as DIR or DIR@WEIGHT. Takes "
+            "several paths in a row, and may be repeated.",
         ),
     ] = None,
     out: Annotated[

@@ -57,7 +57,7 @@ class ExtendConfig:
         model: folder of the base checkpoint.
         out: folder for the hybrid and all that belongs to the run.
         context: target length in tokens, also the length of every training sequence.
-        data: files, folders and globs to train on.
+        data: files, folders and globs to train on; or packed sets, as DIR or DIR@WEIGHT.
         layers: the layer string, one letter a layer.
         pattern: fields of the `SparsePattern`.
         rope_theta: rotary base; None follows `longgen.rope`.
@@ -248,6 +248,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"The recipe {path} is not TOML: {error}.") from None
     recipe = {key.replace("-", "_"): value for key, value in found.items()}
+    if "mixture" in recipe:
+        recipe = _with_mixture(recipe, path)
     own = {entry.name for entry in fields(ExtendConfig)} - {"layers"}
     known = own.union(PLAN_OPTIONS)
     unknown = sorted(set(recipe) - known)
@@ -258,3 +260,22 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             "--help)."
         )
     return recipe
+
+
+def _with_mixture(recipe: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Turn the table [mixture], packed sets and their weights, into what `data` holds."""
+    table = recipe.pop("mixture")
+    if "data" in recipe:
+        raise UsageError(f"The recipe {path} has both data and [mixture]; keep one of them.")
+    if not isinstance(table, dict) or not table:
+        raise UsageError(
+            f"mixture in the recipe {path} is {table!r}; give a table of packed sets and their "
+            'weights, such as "packed/books" = 0.6.'
+        )
+    for folder, weight in table.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+            raise UsageError(
+                f"The weight of {folder!r} in the recipe {path} is {weight!r}; give a number "
+                "above 0."
+            )
+    return {**recipe, "data": [f"{folder}@{weight}" for folder, weight in table.items()]}

@@ -25,10 +25,11 @@ from longgen.data.corpus import (
     CorpusView,
     TokenizedCorpus,
     check_vocabulary,
+    default_heldout,
     split_heldout,
 )
+from longgen.data.mixture import Mixture
 from longgen.data.packing import PackedDataset
-from longgen.data.recall import RecallText
 from longgen.data.sources import Documents, read_documents
 from longgen.data.tokenized import tokenize_documents
 from longgen.errors import UsageError
@@ -39,6 +40,7 @@ from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.config import ExtendConfig, check_context
+from longgen.train.data import mixture_of, recall_text, remember_data, say_mixture
 from longgen.train.export import write_hybrid
 from longgen.train.float8 import check_float8
 from longgen.train.folder import HELDOUT, RUN, check_folder, training_folder
@@ -95,30 +97,34 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     if config.fp8:
         check_float8("cuda" if torch.cuda.is_available() else "cpu")
     held, planned = _fit(config, shape, plan, processes)
-    documents = processes.first(lambda: None if resume else _documents(config), lambda: None)
+    mixture = mixture_of(config, tokenizer)
+    documents = None
+    if mixture is None:
+        documents = processes.first(lambda: None if resume else _documents(config), lambda: None)
     folder, created = training_folder(config.out), not Path(config.out).exists()
     checkpoint = processes.first(
         lambda: _begin(config, resume, say),
         lambda: newest_checkpoint(folder)[0] if resume else None,
     )
     try:
-        corpus = processes.first(
-            lambda: _corpus(config, tokenizer, documents, say),
-            lambda: TokenizedCorpus.open(folder / "corpus"),
-        )
-        train, heldout = _split(config, corpus)
-        recall = (
-            RecallText(tokenizer, records_per_sequence=config.recall_records)
-            if config.recall_share
-            else None
-        )
-        packed = PackedDataset(
-            train,
-            context=config.context,
-            seed=config.seed,
-            recall=recall,
-            recall_share=config.recall_share,
-        )
+        packed: PackedDataset | Mixture
+        if mixture is not None:
+            packed, text = mixture, mixture.heldout(config.heldout_tokens or 16 * config.context)
+            processes.first(lambda: remember_data(folder, mixture, resume), lambda: None)
+        else:
+            corpus = processes.first(
+                lambda: _corpus(config, tokenizer, documents, say),
+                lambda: TokenizedCorpus.open(folder / "corpus"),
+            )
+            train, heldout = _split(config, corpus)
+            text = np.concatenate([heldout.document(i) for i in range(len(heldout))])
+            packed = PackedDataset(
+                train,
+                context=config.context,
+                seed=config.seed,
+                recall=recall_text(config, tokenizer),
+                recall_share=config.recall_share,
+            )
         packed.check_enough(config.num_sequences, allow_repeat=config.allow_repeat)
         model = hold_model(config, hybrid, lambda: _load(config, plan), held, processes)
     except BaseException:
@@ -126,13 +132,18 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
             shutil.rmtree(Path(config.out) if created else folder, ignore_errors=True)
         raise
     if processes.is_first:
-        text = np.concatenate([heldout.document(i) for i in range(len(heldout))])
         np.save(folder / HELDOUT, text)
-    report = packed.report()
-    say(
-        f"{train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out; "
-        f"{report.rows:,} sequences of {config.context:,}, {report.padding_rate:.1%} padding"
-    )
+    data, packing = None, {}
+    if isinstance(packed, Mixture):
+        packing = {"sets": packed.report(config.num_sequences)}
+        say_mixture(packed, config, len(text), say)
+    else:
+        report = packed.report()
+        say(
+            f"{train.num_tokens:,} tokens to train on, {len(text):,} held out; "
+            f"{report.rows:,} sequences of {config.context:,}, {report.padding_rate:.1%} padding"
+        )
+        data, packing = corpus.info.get("sources"), report.to_dict()
     say(
         f"layers {plan}  "
         f"{f'sparse layers see {plan.pattern}; ' if 'S' in plan.layers else ''}rotary base "
@@ -147,8 +158,8 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
         "config": config.to_dict(),
         "rope_theta": hybrid.rope_parameters["rope_theta"],
         "original_context": base.max_position_embeddings,
-        "data": corpus.info.get("sources"),
-        "packing": report.to_dict(),
+        "data": data,
+        "packing": packing,
     }
     figures = run_training(config, model, packed, shape, plan, held, checkpoint, processes, say)
     record["training"] = {**figures, "planned_bytes": planned}
@@ -269,6 +280,5 @@ def _split(config: ExtendConfig, corpus: CorpusView) -> tuple[CorpusView, Corpus
         )
     tokens = config.heldout_tokens
     if tokens is None:
-        tokens = min(max(corpus.num_tokens // 20, 2 * config.context), 16 * config.context)
-        tokens = min(tokens, corpus.num_tokens // 4)
+        tokens = default_heldout(corpus.num_tokens, config.context)
     return split_heldout(corpus, tokens=tokens, seed=config.seed)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
+from longgen.data.mixture import Mixture
 from longgen.data.packing import PackedDataset
 from longgen.errors import UsageError
 from longgen.plan import LayerPlan
@@ -102,7 +103,7 @@ def compile_elementwise(model: Any, *, projections: bool = False, final_norm: bo
 def run_training(
     config: ExtendConfig,
     model: Any,
-    packed: PackedDataset,
+    packed: PackedDataset | Mixture,
     shape: ModelShape,
     plan: LayerPlan,
     held: Held,
