@@ -14,17 +14,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longgen.bench import summary
+from longgen.bench import summary, train_summary
 from longgen.bench.plots import cases_of, providers_of
 from longgen.bench.providers import registry
 from longgen.bench.work import DIRECTIONS
+from longgen.cli.options import parse_tokens, resolve_plan
+from longgen.cli.training_plan import Recipe, training_figures
 from longgen.evaluate.results import VARIANTS, say_bytes, say_runtimes, say_tokens
+from longgen.gpus import GpuGroup, parse_gpus
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
+from longgen.shapes import load_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/recipes.md")
+RECIPES = ROOT / "recipes"
+# Recipes that name the GPUs they are for, as in llama2_7b_128k_h100x8.toml.
+_PLANNED_FOR = re.compile(r"_([a-z]+\d+)x(\d+)$")
 
 ACCEPTANCE_LENGTH = 131072
 
@@ -219,6 +226,73 @@ def inference(name: str) -> list[str]:
     ]
 
 
+def train(name: str) -> list[str]:
+    """Return the table of one training benchmark."""
+    if not files(name):
+        return ["Not measured yet."]
+    results = newest(name)
+    rows, rate = results["rows"], results["ceiling"]
+    head, body = train_summary.train_table(rows)
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for cells in body:
+        words = (f"**{cell}**" if cell == "hybrid" else cell for cell in cells)
+        lines.append(f"| {' | '.join(words)} |")
+    plan = LayerPlan(results["layers"], SparsePattern.from_dict(results["pattern"]))
+    row, gpus = rows[0], results["gpus"]
+    shared = row["context_parallel"]
+    how = [f"{gpus} GPU{'' if gpus == 1 else 's'}"]
+    how += [f"{shared} share a sequence"] if shared > 1 else []
+    how += [f"sharding {row['sharding']}"] if row["sharding"] else []
+    how += [f"checkpointing {row['checkpointing']}", results["timing"]["a_step_is"]]
+    return [
+        *lines,
+        "",
+        *(f"- {note}" for note in train_summary.failures(rows)),
+        f"- {results['shape']}, {plan.num_layers} of {results['layers_of']} layers: "
+        f"{len(plan.full_layers)} full, {plan.pattern}; {'; '.join(how)}.",
+        f"- {rate['matmul_size']}^3 matmul {rate['matmul_tflops']:.0f} TFLOP/s, copy "
+        f"{rate['copy_terabytes_per_second']:.2f} TB/s. {results['mfu_is']}"
+        + (" The run was interrupted." if results.get("partial") else ""),
+        "",
+        provenance(results),
+    ]
+
+
+def planned_recipes() -> dict[str, GpuGroup]:
+    """Return the recipes that name their GPUs, by file name without its end."""
+    found = {path.stem: _PLANNED_FOR.search(path.stem) for path in sorted(RECIPES.glob("*.toml"))}
+    return {name: parse_gpus(f"{form[2]}x{form[1]}") for name, form in found.items() if form}
+
+
+def recipes() -> list[str]:
+    """Return the table of what recipes take, by the accounting."""
+    head = ["recipe", "GPUs", "full layers", "checkpointing", "GiB a GPU", "s a step"]
+    head += ["tokens/s/GPU", "MFU", "GPU-hours", "all full"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, gpus in planned_recipes().items():
+        recipe = Recipe.read(str(RECIPES / f"{name}.toml"))
+        shape, context = load_shape(recipe.model or ""), parse_tokens(recipe.context or "")
+        plan = resolve_plan(shape, context, recipe.plan)
+        figures = training_figures(shape, plan, context, 1, gpus, recipe.train)
+        memory, step, budget = (figures[key] for key in ("memory_per_gpu", "step", "budget"))
+        kept = figures["setup"]["checkpointing"]
+        kept += ", offloaded" if figures["setup"]["offload"] else ""
+        cells = [
+            f"[{name}](../recipes/{name}.toml)",
+            str(gpus),
+            f"{len(plan.full_layers)} of {plan.num_layers}",
+            kept,
+            f"{memory['total'] / 2**30:.0f}",
+            f"{step['seconds']:.0f}",
+            f"{step['tokens_per_second_per_gpu']:,.0f}",
+            f"{step['mfu']:.0%}",
+            f"**{budget['gpu_hours']:,.0f}**",
+            f"{budget['gpu_hours_all_full']:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "needle": lambda: needle("twins"),
     "kv": lambda: costs("demo"),
@@ -227,6 +301,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "inference": lambda: inference("inference"),
     "inference_gqa": lambda: inference("inference-gqa"),
     "attention_small": lambda: attention("attention-small"),
+    "train": lambda: train("train"),
+    "train_whole": lambda: train("train-whole"),
+    "recipes": recipes,
 }
 
 

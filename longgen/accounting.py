@@ -6,8 +6,9 @@ come from `SparsePattern`; nothing here knows its rule.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from longgen.coefficients import COEFFICIENTS
 from longgen.errors import UsageError
 from longgen.gpus import GIB, Gpu, GpuGroup
 from longgen.pattern import SparsePattern
@@ -17,9 +18,8 @@ from longgen.shapes import ModelShape
 BF16 = 2
 FP32 = 4
 
-# A CUDA context with its libraries, and what the allocator loses to fragments.
-_CONTEXT_BYTES = GIB
-_FRAGMENTS = 0.05
+# The part of an estimate that is no tensor's.
+RESERVE = "CUDA context, fragments"
 
 
 def full_plan(shape: ModelShape) -> LayerPlan:
@@ -169,79 +169,39 @@ def expected_speedups(shape: ModelShape, plan: LayerPlan, length: int, batch: in
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Hold the estimated peak memory of one GPU, in bytes, by named part."""
+    """Hold the estimated peak memory of one GPU, in bytes, by named part.
+
+    Attributes:
+        parts: bytes by name.
+        phases: of what goes through several, the bytes of tensors in each; `parts` are those of the
+            greatest.
+    """
 
     parts: dict[str, int]
+    phases: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def with_reserve(
+        cls,
+        parts: dict[str, int],
+        outside: int,
+        fragments: float,
+        phases: dict[str, int] | None = None,
+    ) -> MemoryEstimate:
+        """Add to the parts what the card needs beside tensors: `outside` the allocator, and a share
+        of the tensors that it loses to `fragments`."""
+        reserve = outside + int(fragments * sum(parts.values()))
+        return cls({**parts, RESERVE: reserve}, phases or {})
 
     @property
     def total(self) -> int:
         """Sum of the parts in bytes."""
         return sum(self.parts.values())
 
-
-def _with_reserve(parts: dict[str, int]) -> MemoryEstimate:
-    reserve = _CONTEXT_BYTES + int(_FRAGMENTS * sum(parts.values()))
-    return MemoryEstimate({**parts, "CUDA context, fragments": reserve})
-
-
-def training_memory(
-    shape: ModelShape,
-    length: int,
-    *,
-    batch: int = 1,
-    gpus: int = 1,
-    loss_chunk_bytes: int = 512 << 20,
-    gradient_checkpointing: bool = True,
-) -> MemoryEstimate:
-    """Estimate one GPU's peak memory in training with AdamW in bf16 mixed precision.
-
-    An estimate, to be calibrated on measured runs: it counts tensors, not what an allocator does
-    with them. The layer plan has no part in it, as both kinds of layer hold the same activations.
-    With N parameters and T = batch x length tokens on each GPU (data parallel: every GPU trains on
-    whole sequences):
-
-    - weights 4N, gradients 4N and Adam's two moments 8N bytes in fp32, sharded over `gpus` (FSDP);
-    - weights in use, bf16: 2N on one GPU, where autocast keeps a copy of each; two layers and the
-      output projection where they are sharded and gathered layer by layer;
-    - checkpoints: the residual stream before each layer, after the last one and its gradient, fp32
-      on one GPU (autocast), bf16 when sharded;
-    - one layer at work (all of them without `gradient_checkpointing`): 34 hidden_size (norms in
-      fp32, residuals) + 6 x (num_attention_heads + num_key_value_heads) x head_dim + 14
-      intermediate_size bytes a token, for unfused modules and a kernel that never holds scores;
-    - the loss: `loss_chunk_bytes` of fp32 logits and as much again for bf16 copies, and the fp32
-      gradient of the output projection.
-
-    Args:
-        length: tokens of one sequence.
-        batch: sequences on each GPU at a time.
-        gpus: GPUs that share weights, gradients and moments.
-        loss_chunk_bytes: bytes of fp32 logits that exist at one time.
-        gradient_checkpointing: whether layers are recomputed in the backward pass.
-    """
-    parameters, tokens = shape.num_parameters, batch * length
-    shard = -(-parameters // gpus)
-    gathered = 2 * shape.layer_parameters + shape.embedding_parameters
-    in_use = parameters if gpus == 1 else min(gathered, parameters)
-    stream = FP32 if gpus == 1 else BF16
-    layer = (
-        34 * shape.hidden_size
-        + 6 * (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
-        + 14 * shape.intermediate_size
-    )
-    at_work = 1 if gradient_checkpointing else shape.num_hidden_layers
-    logits = min(loss_chunk_bytes, FP32 * tokens * shape.vocab_size)
-    held = shape.num_hidden_layers + 2 if gradient_checkpointing else 2
-    return _with_reserve(
-        {
-            "weights, fp32": FP32 * shard,
-            "gradients, fp32": FP32 * shard,
-            "Adam moments, fp32": 2 * FP32 * shard,
-            "weights in use, bf16": BF16 * in_use,
-            "activation checkpoints": held * tokens * shape.hidden_size * stream,
-            "layers at work": at_work * tokens * layer,
-            "loss, chunk by chunk": 2 * logits + FP32 * shape.embedding_parameters,
-        }
-    )
+    @property
+    def allocated(self) -> int:
+        """Bytes of the tensors alone: what `torch.cuda.max_memory_allocated` is to be."""
+        return self.total - self.parts.get(RESERVE, 0)
 
 
 def serving_memory(
@@ -274,13 +234,12 @@ def serving_memory(
         + 6 * shape.intermediate_size
     )
     chunk = batch * min(prefill_chunk, length) * token
-    return _with_reserve(
-        {
-            "weights, bf16": -(-BF16 * shape.num_parameters // gpus),
-            "KV cache, bf16": -(-sum(by_layer) // gpus),
-            "prompt chunk at work": chunk + max(by_layer) + FP32 * batch * shape.vocab_size,
-        }
-    )
+    parts = {
+        "weights, bf16": -(-BF16 * shape.num_parameters // gpus),
+        "KV cache, bf16": -(-sum(by_layer) // gpus),
+        "prompt chunk at work": chunk + max(by_layer) + FP32 * batch * shape.vocab_size,
+    }
+    return MemoryEstimate.with_reserve(parts, COEFFICIENTS.context_bytes, COEFFICIENTS.fragments)
 
 
 def fits(estimate: MemoryEstimate, gpu: Gpu) -> bool:

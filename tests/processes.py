@@ -15,28 +15,16 @@ import torch
 _SECONDS = 300
 
 
-def run_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_processes(
+    count: int, work: Callable[..., Any], *arguments: Any, on_gpus: bool = False
+) -> list[Any]:
     """Run `work(rank, *arguments)` in `count` processes, and return what each returned.
 
-    The environment is torchrun's, so that what runs under it runs here. `work` must be importable
-    by name, and what it returns must pickle.
+    The environment is torchrun's, so that what runs under it runs here; one process has none.
+    `work` must be importable by name, and what it returns must pickle. With `on_gpus` each process
+    sees the first `count` GPUs, else none.
     """
-    # One process imports everything and is then copied, which takes milliseconds a copy.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["longgen.train.extend", "accelerate", "torch._dynamo"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes, processes = [], []
-    for rank in range(count):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_run, args=(rank, count, port, theirs, work, arguments), daemon=True
-        )
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
+    pipes, processes = _start(count, work, arguments, on_gpus)
     results: dict[int, Any] = {}
     try:
         while len(results) < count:
@@ -54,6 +42,62 @@ def run_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list
     return [results[rank] for rank in range(count)]
 
 
+def run_until_killed(count: int, work: Callable[..., Any], *arguments: Any) -> list[int | None]:
+    """Run `work(rank, *arguments)` in `count` processes until one has ended, then kill the others,
+    as torchrun does, and return how each ended."""
+    _, processes = _start(count, work, arguments)
+    try:
+        connection.wait([process.sentinel for process in processes], _SECONDS)
+    finally:
+        for process in processes:
+            process.kill()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _start(
+    count: int, work: Callable[..., Any], arguments: tuple[Any, ...], on_gpus: bool = False
+) -> tuple[list[connection.Connection], list[Any]]:
+    """Start the processes, and return where each sends its result."""
+    if on_gpus:
+        # What has looked for GPUs cannot be copied.
+        context: Any = multiprocessing.get_context("spawn")
+    else:
+        # One process imports everything and is then copied, which takes milliseconds a copy.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["longgen.train.extend", "accelerate", "torch._dynamo"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes, processes = [], []
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = _visible(before, count if on_gpus else 0)
+    try:
+        for rank in range(count):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_run, args=(rank, count, port, theirs, work, arguments), daemon=True
+            )
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+    return pipes, processes
+
+
+def _visible(devices: str | None, count: int) -> str:
+    """Return the first `count` of the GPUs that are visible here, as CUDA_VISIBLE_DEVICES has
+    them."""
+    known = devices.split(",") if devices else [str(index) for index in range(count)]
+    return ",".join(known[:count])
+
+
 def _run(
     rank: int,
     count: int,
@@ -62,15 +106,15 @@ def _run(
     work: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(count),
-        LOCAL_WORLD_SIZE=str(count),
-        CUDA_VISIBLE_DEVICES="",
-    )
+    if count > 1:
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(count),
+            LOCAL_WORLD_SIZE=str(count),
+        )
     torch.set_num_threads(1)
     try:
         answer = (True, work(rank, *arguments))

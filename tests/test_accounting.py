@@ -23,7 +23,6 @@ from longgen.accounting import (
     serving_memory,
     training_flops,
     training_flops_per_token,
-    training_memory,
 )
 from longgen.errors import UsageError
 from longgen.gpus import CATALOGUE, GIB, parse_gpus
@@ -146,20 +145,6 @@ def test_decode_reads_weights_once_and_every_cache() -> None:
     # A tied table is read as the output projection.
     tied = replace(SHAPE, tie_word_embeddings=True)
     assert decode_bytes(tied, plan, 10) == decode_bytes(SHAPE, plan, 10)
-
-
-def test_training_memory_is_fp32_state_sharded_and_one_hidden_state_a_layer() -> None:
-    one, eight = (training_memory(LLAMA, CONTEXT, gpus=gpus).parts for gpus in (1, 8))
-    state = sum(size for name, size in one.items() if name.endswith("fp32"))
-    assert state == 16 * LLAMA.num_parameters
-    assert sum(size for name, size in eight.items() if name.endswith("fp32")) == state // 8
-    hidden = CONTEXT * LLAMA.hidden_size
-    assert one["activation checkpoints"] == (32 + 2) * hidden * 4
-    assert eight["activation checkpoints"] == (32 + 2) * hidden * 2
-    without = training_memory(LLAMA, CONTEXT, gradient_checkpointing=False).parts
-    assert without["layers at work"] == 32 * one["layers at work"]
-    twice = training_memory(LLAMA, CONTEXT // 2, batch=2).parts
-    assert twice == one
 
 
 def test_serving_memory_holds_the_weights_and_the_cache() -> None:

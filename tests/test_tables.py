@@ -111,3 +111,52 @@ def test_inference_tables_put_the_hybrid_first(
     text = "\n".join(lines)
     assert "- prefill.transformers, 128K: No memory." in text
     assert "llama-2-7b: 1 of 3 layers full, 1 sink + 32 local" in text
+
+
+def test_the_training_table_has_every_variant_and_how_it_ran(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert tables.train("no-such-results") == ["Not measured yet."]
+    row = {"length": 131072, "context_parallel": 4, "sharding": "fsdp", "checkpointing": "full"}
+    row |= {"flops": 2.0, "mfu": 0.47, "peak_bytes": 60 << 30, "planned_bytes": 62 << 30}
+    row |= {"tokens_per_second_per_gpu": 6000.0, "spread": [5.4, 5.6], "n": 5}
+    rows = [
+        {**row, "case": "train_step.hybrid", "value": 5.5},
+        {**row, "case": "train_step.full", "value": 9.9, "flops": 3.6},
+        {**row, "case": "train_step.transformers", "value": None, "error": "Out of memory."},
+    ]
+    results = {
+        "card": "NVIDIA H200",
+        "gpus": 4,
+        "date": "2026-11-25T00:00:00+00:00",
+        "commit": "0123456789abcdef",
+        "command": "longgen bench train",
+        "versions": {"torch": "2.11.0", "transformers": "5.17.0"},
+        "seed": 0,
+        "shape": "llama-2-7b",
+        "layers": "SSFFFSSS",
+        "layers_of": 32,
+        "pattern": SparsePattern.attention_sink().to_dict(),
+        "ceiling": {
+            "matmul_tflops": 790.0,
+            "matmul_size": 8192,
+            "copy_terabytes_per_second": 4.3,
+        },
+        "mfu_is": "MFU: so.",
+        "timing": {"a_step_is": "forward, backward"},
+        "rows": rows,
+    }
+    (tmp_path / "2026-11-25_nvidia-h200_train.json").write_text(json.dumps(results))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    text = "\n".join(tables.train("train"))
+    assert "| 128K | **hybrid** | 5.50 | 6,000 | 47% | 60.0 GiB | 62.0 GiB |  |" in text
+    assert "1.80x (1.80x)" in text and "train_step.transformers, 128K: Out of memory." in text
+    assert "llama-2-7b, 8 of 32 layers: 3 full" in text
+    assert "4 GPUs; 4 share a sequence; sharding fsdp; checkpointing full; forward, back" in text
+    assert "MFU: so." in text and "2026-11-25_nvidia-h200_train.json" in text
+
+
+def test_recipes_are_planned_for_the_gpus_in_their_names() -> None:
+    text = "\n".join(tables.recipes())
+    assert "64 x H100-80GB | 27 of 80" in text
+    assert len(tables.planned_recipes()) == len(tables.recipes()) - 2

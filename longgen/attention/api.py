@@ -17,6 +17,7 @@ from longgen.attention.blocked import blocked_attention
 from longgen.attention.dense import dense_attention
 from longgen.attention.flash import flash_attend, flash_obstacle
 from longgen.attention.flex import SMALLEST_HEAD_DIM, flex_attend
+from longgen.attention.keep import attend_once, is_keeping
 from longgen.attention.reference import reference_attention
 from longgen.errors import UsageError
 from longgen.layout import Layout
@@ -114,24 +115,30 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
         impl = _auto(q, k, v, pattern, layout, head_offset, return_lse)
-    # Autocast would compute fp32 inputs, the reference's too, in half precision.
-    with torch.autocast(q.device.type, enabled=False):
-        if impl.startswith("dense"):
-            return dense_attention(q, k, v, is_causal=impl == "dense_causal", scale=scale)
-        out, lse = _MASKED[impl](
-            q,
-            k,
-            v,
-            pattern=pattern,
-            layout=layout,
-            scale=scale,
-            head_offset=head_offset,
-            return_lse=return_lse,
-        )
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse
+
+    def compute(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        # Autocast would compute fp32 inputs, the reference's too, in half precision.
+        with torch.autocast(q.device.type, enabled=False):
+            if impl.startswith("dense"):
+                return dense_attention(q, k, v, is_causal=impl == "dense_causal", scale=scale)
+            out, lse = _MASKED[impl](
+                q,
+                k,
+                v,
+                pattern=pattern,
+                layout=layout,
+                scale=scale,
+                head_offset=head_offset,
+                return_lse=return_lse,
+            )
+        if not return_lse:
+            return out
+        assert lse is not None
+        return out, lse
+
+    return attend_once(compute, q, k, v) if is_keeping() else compute(q, k, v)
 
 
 def _auto(

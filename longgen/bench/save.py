@@ -23,6 +23,7 @@ class ResultsFile:
         seed: of the run.
         device: where it runs.
         packages: whose versions decide the figures.
+        gpus: how many are used; None is 1 on a GPU and 0 on a CPU.
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class ResultsFile:
         seed: int,
         device: torch.device,
         packages: Sequence[str] = (),
+        gpus: int | None = None,
     ) -> None:
         self.path = folder / f"{name}.json"
         self.name, self.command, self.seed = name, command, seed
-        self.device, self.packages = device, tuple(packages)
+        self.device, self.packages, self.gpus = device, tuple(packages), gpus
 
     def check(self) -> None:
         """Refuse a place that holds something else than results of the same benchmark.
@@ -63,5 +65,6 @@ class ResultsFile:
             seed=self.seed,
             extra={**({"partial": True} if partial else {}), **extra},
             device=self.device,
+            gpus=self.gpus,
             packages=self.packages,
         )

@@ -17,10 +17,13 @@ from longgen.cli.bench import bench
 from longgen.cli.console import print_error
 from longgen.cli.convert import convert
 from longgen.cli.evaluate import evaluate
+from longgen.cli.export import export
 from longgen.cli.extend import extend
 from longgen.cli.generate import generate
+from longgen.cli.pack import pack
 from longgen.cli.plan import plan
 from longgen.cli.several import SeveralValues
+from longgen.cli.tokenize import tokenize
 from longgen.errors import ReportedElsewhere, UsageError
 
 INTERRUPTED = 130
@@ -75,8 +78,11 @@ def _longgen(
 
 
 app.command()(plan)
+app.command(cls=SeveralValues)(tokenize)
+app.command()(pack)
 app.command(cls=SeveralValues)(extend)
 app.command()(convert)
+app.command()(export)
 app.command(cls=SeveralValues)(evaluate)
 app.command()(generate)
 app.add_typer(bench, name="bench")

@@ -69,7 +69,8 @@ def extend(
             "--data",
             metavar="PATHS...",
             help="What to train on: files (text, source code, .jsonl, .parquet), folders of them, "
-            "local datasets, or globs. Takes several paths in a row, and may be repeated.",
+            "local datasets, or globs; or what `longgen pack` wrote, as DIR or DIR@WEIGHT. Takes "
+            "several paths in a row, and may be repeated.",
         ),
     ] = None,
     out: Annotated[
@@ -210,10 +211,19 @@ def extend(
         str | None,
         _option(
             "gradient_checkpointing",
-            "Recompute layers in the backward pass, which saves memory and costs time: on, off, or "
-            "auto (on where it would not fit otherwise).",
+            "Recompute layers in the backward pass, which saves memory and costs time: full; "
+            "selective, all but attention, whose outputs are kept; off; or auto, the first of off, "
+            "selective and full that fits.",
             _MACHINE,
-            "on|off|auto",
+            "auto|off|selective|full",
+        ),
+    ] = None,
+    offload: Annotated[
+        bool | None,
+        _option(
+            "offload",
+            "Hold what recomputation starts from in host memory; for 512K tokens and more a GPU.",
+            _MACHINE,
         ),
     ] = None,
     compile: Annotated[
@@ -226,6 +236,14 @@ def extend(
             "on|off|auto",
         ),
     ] = None,
+    fp8: Annotated[
+        bool | None,
+        _option(
+            "fp8",
+            "Matrix products of the layers in fp8, on GPUs that have it (extra fp8).",
+            _MACHINE,
+        ),
+    ] = None,
     context_parallel: Annotated[
         int | None,
         _option(
@@ -234,6 +252,16 @@ def extend(
             "ones.",
             _MACHINE,
             "NUMBER",
+        ),
+    ] = None,
+    sharding: Annotated[
+        str | None,
+        _option(
+            "sharding",
+            "How several processes hold the model: fsdp, each a part of it; ddp, each all of it; "
+            "or auto (fsdp on GPUs).",
+            _MACHINE,
+            "auto|fsdp|ddp",
         ),
     ] = None,
     save_steps: Annotated[

@@ -26,19 +26,20 @@ MOST_TOKENS = 1 << 30
 _PATTERN_PANEL = "What sparse layers see"
 
 ModelArgument = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="MODEL",
-        help=f"A folder with a checkpoint (config.json), or a name: {', '.join(SHAPES)}.",
+        help=f"A folder with a checkpoint (config.json), or a name: {', '.join(SHAPES)}. May be "
+        "left out with --recipe, which names one.",
         show_default=False,
     ),
 ]
 ContextOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--context",
         metavar="TOKENS",
-        help="Context length in tokens. 128K is 131072 and 1M is 1048576.",
+        help="Context length in tokens. 128K is 131072 and 1M is 1048576. [default: 128K]",
     ),
 ]
 BatchOption = Annotated[
@@ -146,6 +147,11 @@ class PlanOptions:
             for name, value in asdict(self).items()
             if value is not None
         ]
+
+    def over(self, other: PlanOptions) -> PlanOptions:
+        """Return these options, and `other`'s where one was not given."""
+        mine = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(other, **mine)
 
     def sparse_pattern(self) -> SparsePattern:
         """Return the chosen pattern with its overrides."""

@@ -16,7 +16,6 @@ from longgen.accounting import (
     kv_bytes,
     serving_memory,
     training_flops_per_token,
-    training_memory,
 )
 from longgen.cli.console import (
     format_bytes,
@@ -43,10 +42,29 @@ from longgen.cli.options import (
     resolve_gpus,
     resolve_plan,
 )
+from longgen.cli.training_plan import (
+    BatchTokensOption,
+    BudgetOption,
+    CheckpointingOption,
+    CompileOption,
+    ContextParallelOption,
+    OffloadOption,
+    PriceOption,
+    Recipe,
+    RecipeOption,
+    ShardingOption,
+    TrainOption,
+    TrainOptions,
+    print_training,
+    training_figures,
+)
+from longgen.errors import UsageError
 from longgen.gpus import GpuGroup
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
-from longgen.shapes import ModelShape, load_shape
+from longgen.shapes import SHAPES, ModelShape, load_shape
+from longgen.training_memory import training_memory
+from longgen.training_setup import TrainingSetup
 
 _LABEL = 13
 _LETTERS_A_LINE = 60
@@ -56,12 +74,22 @@ KINDS = ("full", "hybrid")
 
 
 def plan(
-    model: ModelArgument,
-    context: ContextOption = "128K",
+    model: ModelArgument = None,
+    context: ContextOption = None,
     full_layers: FullLayersOption = None,
     gpus: GpusOption = None,
     batch: BatchOption = 1,
     json: JsonOption = False,
+    train: TrainOption = False,
+    recipe: RecipeOption = None,
+    batch_tokens: BatchTokensOption = None,
+    context_parallel: ContextParallelOption = None,
+    checkpointing: CheckpointingOption = None,
+    offload: OffloadOption = None,
+    sharding: ShardingOption = None,
+    compile: CompileOption = None,
+    tokens: BudgetOption = None,
+    price: PriceOption = None,
     pattern: PatternOption = None,
     block_size: BlockSizeOption = None,
     sink_blocks: SinkBlocksOption = None,
@@ -73,10 +101,8 @@ def plan(
 
     Prints which layers stay full, how many tokens the others keep, the memory of keys and values,
     the work for each token, the speed-ups to hope for, and whether it fits the GPUs. Only
-    config.json is read.
+    config.json is read. With --train: what training it takes, by part.
     """
-    shape = load_shape(model)
-    tokens = parse_tokens(context)
     options = PlanOptions(
         pattern=pattern,
         block_size=block_size,
@@ -86,8 +112,33 @@ def plan(
         head_shift=head_shift,
         full_layers=full_layers,
     )
-    layers = resolve_plan(shape, tokens, options, allow_hybrid=True)
-    figures = plan_figures(model, shape, layers, tokens, batch, resolve_gpus(gpus))
+    training = TrainOptions(
+        context_parallel=context_parallel,
+        checkpointing=checkpointing,
+        offload=offload,
+        sharding=sharding,
+        compile=compile,
+        batch_tokens=batch_tokens,
+        tokens=tokens,
+        price=price,
+    )
+    if training != TrainOptions() and not train and recipe is None:
+        raise UsageError(
+            f"{', '.join(training.given)} say how to train; add --train to plan a training run."
+        )
+    if recipe is not None:
+        found = Recipe.read(recipe)
+        model, context = model or found.model, context or found.context
+        options, training = options.over(found.plan), training.over(found.train)
+    if model is None:
+        raise UsageError(f"Give MODEL, the folder of a checkpoint or one of {', '.join(SHAPES)}.")
+    shape = load_shape(model)
+    length = parse_tokens(context or "128K")
+    layers = resolve_plan(shape, length, options, allow_hybrid=True)
+    cards = resolve_gpus(gpus)
+    figures = plan_figures(model, shape, layers, length, batch, cards)
+    if train or recipe is not None:
+        figures["training"] = training_figures(shape, layers, length, batch, cards, training)
     if json:
         print_json(figures)
     else:
@@ -158,7 +209,9 @@ def plan_figures(
                 "fits": fits(estimate, gpus.gpu),
             }
             for use, estimate in {
-                "training": training_memory(shape, context, batch=batch, gpus=gpus.count),
+                "training": training_memory(
+                    shape, context, TrainingSetup(batch=batch, gpus=gpus.count), plan
+                ),
                 "serving": serving_memory(shape, plan, context, batch=batch, gpus=gpus.count),
                 "serving_all_full": serving_memory(
                     shape, plans["full"], context, batch=batch, gpus=gpus.count
@@ -188,7 +241,10 @@ def print_figures(console: Console, figures: dict[str, Any]) -> None:
     console.print()
     _print_costs(console, figures)
     console.print()
-    _print_memory(console, figures)
+    if "training" in figures:
+        print_training(console, figures)
+    else:
+        _print_memory(console, figures)
 
 
 def _line(console: Console, label: str, value: str | Text) -> None:

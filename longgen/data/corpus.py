@@ -127,15 +127,28 @@ class TokenizedCorpus(CorpusView):
         Raises:
             UsageError: the fingerprints differ.
         """
-        made = self.info["tokenizer"]
-        fingerprint = tokenizer_fingerprint(tokenizer)
-        if fingerprint != made["fingerprint"]:
-            raise UsageError(
-                f"The corpus was tokenized with {made['name']!r} ({made['vocab_size']:,} tokens, "
-                f"fingerprint {made['fingerprint'][:12]}), not with {tokenizer_name(tokenizer)!r} "
-                f"({vocabulary_size(tokenizer):,} tokens, fingerprint {fingerprint[:12]}). "
-                "Tokenize the data again with the model's own tokenizer."
-            )
+        check_made_by(self.info["tokenizer"], tokenizer, "The corpus")
+
+
+def check_made_by(made: dict[str, Any], tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Refuse a tokenizer other than the one that tokens were made with.
+
+    Args:
+        made: name, fingerprint and vocab_size of that one.
+        tokenizer: the other.
+        what: what the sentence calls the tokens.
+
+    Raises:
+        UsageError: the fingerprints differ.
+    """
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if fingerprint != made["fingerprint"]:
+        raise UsageError(
+            f"{what} was tokenized with {made['name']!r} ({made['vocab_size']:,} tokens, "
+            f"fingerprint {made['fingerprint'][:12]}), not with {tokenizer_name(tokenizer)!r} "
+            f"({vocabulary_size(tokenizer):,} tokens, fingerprint {fingerprint[:12]}). "
+            "Tokenize the data again with the model's own tokenizer."
+        )
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -178,6 +191,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a name for messages: where the tokenizer was loaded from, or its class."""
     return str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+
+
+def default_heldout(num_tokens: int, context: int) -> int:
+    """Return how many tokens to hold out if nobody says: a twentieth, but two to sixteen sequences'
+    worth, and at most a quarter."""
+    tokens = min(max(num_tokens // 20, 2 * context), 16 * context)
+    return min(tokens, num_tokens // 4)
 
 
 def split_heldout(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -100,10 +100,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
             raise UsageError(f"The context is {context} tokens, but must be at least 2.")
         if seed < 0:
             raise UsageError(f"The seed is {seed}, but must be at least 0.")
-        if not 0.0 <= recall_share <= 1.0:
-            raise UsageError(f"The recall share is {recall_share}, but must be from 0 to 1.")
-        if recall_share > 0 and recall is None:
-            raise UsageError("A recall share above 0 needs `recall`: pass RecallText(tokenizer).")
+        check_recall(recall, recall_share)
         if not corpus.num_tokens:
             raise UsageError("There are no tokens to pack. Give more data.")
         self.context = context
@@ -144,24 +141,11 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         pieces = slice(self._row_ptr[row], self._row_ptr[row + 1])
         lengths = self._lengths[pieces]
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        used = int(bounds[-1])
-        ids = np.zeros(self.context, dtype=np.int64)
         # One gather: a row of thousands of tiny documents costs no more than a row of one.
-        source = np.repeat(self._starts[pieces] - bounds[:-1], lengths) + np.arange(used)
-        ids[:used] = self._corpus.tokens[source]
-        self._plant(ids, bounds, index)
-        if used < self.context:
-            bounds = np.append(bounds, self.context)
-        positions = np.arange(self.context) - np.repeat(bounds[:-1], np.diff(bounds))
-        labels = np.full(self.context, IGNORE, dtype=np.int64)
-        labels[: used - 1] = ids[1:used]
-        labels[bounds[1:] - 1] = IGNORE
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "shift_labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(positions),
-            "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
-        }
+        source = np.repeat(self._starts[pieces] - bounds[:-1], lengths) + np.arange(bounds[-1])
+        ids = self._corpus.tokens[source].astype(np.int64)
+        plant(ids, bounds, index, self)
+        return row_of(ids, bounds, self.context)
 
     def report(self) -> PackingReport:
         """Return what packing did in one epoch."""
@@ -201,22 +185,77 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
             self._order = (epoch, rng.permutation(len(self)))
         return self._order[1]
 
-    def _plant(self, ids: np.ndarray, bounds: np.ndarray, index: int) -> None:
-        """Plant recall text in place, if row `index` is one of those that get it."""
-        if self.recall is None:
-            return
-        rng = np.random.default_rng((self.seed, _RECALL, index))
-        if rng.random() >= self.recall_share:
-            return
-        lengths = np.diff(bounds)
-        fits = lengths >= self.recall.min_tokens
-        if not fits.any():
-            return
-        share = np.where(fits, lengths, 0)
-        pairs = rng.multinomial(self.recall.num_pairs(self.context), share / share.sum())
-        for piece in np.flatnonzero(pairs):
-            span = slice(bounds[piece], bounds[piece + 1])
-            ids[span] = self.recall.apply(ids[span], rng, pairs=int(pairs[piece]))
+
+def row_of(ids: np.ndarray, bounds: np.ndarray, context: int) -> dict[str, torch.Tensor]:
+    """Make a training sequence of pieces, each treated as a document.
+
+    Args:
+        ids: tokens of the pieces one after another, int64 [at most context].
+        bounds: int64 [pieces + 1]: 0 and the end of each piece.
+        context: tokens in the row; what is left of it is padding.
+
+    Returns:
+        The tensors that `PackedDataset` describes.
+    """
+    used = len(ids)
+    ids = np.pad(ids, (0, context - used))
+    if used < context:
+        bounds = np.append(bounds, context)
+    positions = np.arange(context) - np.repeat(bounds[:-1], np.diff(bounds))
+    labels = np.full(context, IGNORE, dtype=np.int64)
+    labels[: used - 1] = ids[1:used]
+    labels[bounds[1:] - 1] = IGNORE
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "shift_labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(positions),
+        "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
+    }
+
+
+class Planting(Protocol):
+    """What decides which rows get recall text, and how much."""
+
+    context: int
+    seed: int
+    recall: RecallText | None
+    recall_share: float
+
+
+def plant(ids: np.ndarray, bounds: np.ndarray, index: int, settings: Planting) -> None:
+    """Plant recall text in place, if row `index` is one of those that get it.
+
+    Args:
+        ids, bounds: the pieces, as in `row_of`.
+        index: of the row in the whole stream; with the seed it decides everything.
+        settings: the dataset.
+    """
+    if settings.recall is None:
+        return
+    rng = np.random.default_rng((settings.seed, _RECALL, index))
+    if rng.random() >= settings.recall_share:
+        return
+    lengths = np.diff(bounds)
+    fits = lengths >= settings.recall.min_tokens
+    if not fits.any():
+        return
+    share = np.where(fits, lengths, 0)
+    pairs = rng.multinomial(settings.recall.num_pairs(settings.context), share / share.sum())
+    for piece in np.flatnonzero(pairs):
+        span = slice(bounds[piece], bounds[piece + 1])
+        ids[span] = settings.recall.apply(ids[span], rng, pairs=int(pairs[piece]))
+
+
+def check_recall(recall: RecallText | None, share: float) -> None:
+    """Refuse a share of rows that makes no sense.
+
+    Raises:
+        UsageError: it is outside 0 to 1, or there is no recall text to plant.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise UsageError(f"The recall share is {share}, but must be from 0 to 1.")
+    if share > 0 and recall is None:
+        raise UsageError("A recall share above 0 needs `recall`: pass RecallText(tokenizer).")
 
 
 def collate(batch: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,12 +44,17 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Name one thing to read; `members` are a joined folder's files, shown relative to `root`."""
+    """Name one thing to read; `members` are a joined folder's files, shown relative to `root`.
+
+    A `part` (first, end) of it is the lines that begin at these bytes of a .jsonl file, row groups
+    of a .parquet file, or rows of a dataset; an end of None is the end of the file.
+    """
 
     kind: Kind
     path: Path
     members: tuple[Path, ...] = ()
     root: Path = Path()
+    part: tuple[int, int | None] | None = None
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -95,11 +100,11 @@ def read(one: Input, text_field: str) -> Iterator[Document | Problem]:
     elif one.kind == "joined":
         yield from _read_joined(one)
     elif one.kind == "jsonl":
-        yield from _read_jsonl(one.path, text_field)
+        yield from _read_jsonl(one, text_field)
     elif one.kind == "parquet":
-        yield from _read_parquet(one.path, text_field)
+        yield from _read_parquet(one, text_field)
     else:
-        yield from _read_dataset(one.path, text_field)
+        yield from _read_dataset(one, text_field)
 
 
 def _read_text(path: Path) -> Document | Problem:
@@ -139,14 +144,24 @@ def _read_joined(one: Input) -> Iterator[Document | Problem]:
         yield Document("".join(parts), str(one.path))
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Document | Problem]:
-    offset, blank = 0, True
+def _read_jsonl(one: Input, text_field: str) -> Iterator[Document | Problem]:
+    path = one.path
+    first, end = one.part or (0, None)
+    offset, blank = first, one.part is None
     try:
         with path.open("rb") as file:
+            if first:
+                # The line that the first byte is inside of belongs to the part before.
+                file.seek(first - 1)
+                offset = first - 1 + len(file.readline())
             for number, line in enumerate(file, start=1):
+                if end is not None and offset >= end:
+                    return
                 if line.strip():
                     blank = False
-                    yield _read_json_line(line, f"{path}:{number}", offset, text_field)
+                    # Inside a file nobody has counted the lines.
+                    where = f"{path}, byte {offset}" if first else f"{path}:{number}"
+                    yield _read_json_line(line, where, offset, text_field)
                 offset += len(line)
     except OSError as error:
         yield Problem("unreadable", str(path), error.strerror or str(error))
@@ -169,27 +184,53 @@ def _read_json_line(line: bytes, where: str, offset: int, text_field: str) -> Do
     return _record(row[text_field], where)
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[Document | Problem]:
+def _read_parquet(one: Input, text_field: str) -> Iterator[Document | Problem]:
+    path = one.path
     parquet = _import("pyarrow.parquet", path)
     # pyarrow's errors on bad files are ValueErrors and OSErrors.
     try:
         with parquet.ParquetFile(path) as file:
             if text_field in file.schema_arrow.names:
-                batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=[text_field])
-                yield from _records((batch[0].to_pylist() for batch in batches), path)
+                groups = list(range(file.num_row_groups)[slice(*(one.part or (None, None)))])
+                rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                batches = file.iter_batches(
+                    batch_size=_BATCH_ROWS, columns=[text_field], row_groups=groups
+                )
+                first = sum(rows[: groups[0]]) if groups else 0
+                yield from _records((batch[0].to_pylist() for batch in batches), path, first)
             else:
                 yield _no_column(file.schema_arrow.names, path, text_field)
     except (ValueError, OSError) as error:
         yield Problem("malformed", str(path), f"not readable as Parquet ({error})")
 
 
-def _read_dataset(path: Path, text_field: str) -> Iterator[Document | Problem]:
-    datasets = _import("datasets", path)
+def _read_dataset(one: Input, text_field: str) -> Iterator[Document | Problem]:
+    path = one.path
     try:
-        data = datasets.load_from_disk(str(path))
+        data = _load_dataset(path)
     except (ValueError, OSError, KeyError, TypeError) as error:
         yield Problem("malformed", str(path), f"not readable as a dataset ({error})")
         return
+    if text_field in data.column_names:
+        first, end = one.part or (0, None)
+        plain = data.select_columns([text_field]).with_format(None)
+        if one.part is not None:
+            plain = plain.select(range(first, len(plain) if end is None else end))
+        batches = plain.iter(batch_size=_BATCH_ROWS)
+        yield from _records((batch[text_field] for batch in batches), path, first)
+    else:
+        yield _no_column(data.column_names, path, text_field)
+
+
+def _load_dataset(path: Path) -> Any:
+    """Load the rows of a dataset on disk, of its split "train" if it has several.
+
+    Raises:
+        UsageError: there are several splits and no "train".
+        ValueError, OSError, KeyError, TypeError: it cannot be read.
+    """
+    datasets = _import("datasets", path)
+    data = datasets.load_from_disk(str(path))
     if isinstance(data, datasets.DatasetDict):
         if "train" not in data:
             raise UsageError(
@@ -197,12 +238,48 @@ def _read_dataset(path: Path, text_field: str) -> Iterator[Document | Problem]:
                 "the split to read, which is inside it."
             )
         data = data["train"]
-    if text_field in data.column_names:
-        plain = data.select_columns([text_field]).with_format(None)
-        batches = plain.iter(batch_size=_BATCH_ROWS)
-        yield from _records((batch[text_field] for batch in batches), path)
-    else:
-        yield _no_column(data.column_names, path, text_field)
+    return data
+
+
+def split_input(one: Input, target: int) -> list[tuple[Input, int]]:
+    """Cut an input into parts of about `target` bytes, where its kind allows it.
+
+    Args:
+        one: the input; text files and joined folders stay whole.
+        target: bytes on disk.
+
+    Returns:
+        Parts that together read the same documents in the same order, each with its bytes on disk.
+        What cannot be read stays whole, for `read` to say so.
+    """
+    try:
+        if one.kind == "joined":
+            return [(one, sum(path.stat().st_size for path in one.members))]
+        if one.kind == "dataset":
+            size = sum(path.stat().st_size for path in one.path.rglob("*") if path.is_file())
+        else:
+            size = one.path.stat().st_size
+        parts = -(-size // target)
+        if parts <= 1 or one.kind == "text":
+            return [(one, size)]
+        if one.kind == "jsonl":
+            units = size
+        elif one.kind == "parquet":
+            with _import("pyarrow.parquet", one.path).ParquetFile(one.path) as file:
+                units = file.num_row_groups
+        else:
+            units = len(_load_dataset(one.path))
+    except (ValueError, OSError, KeyError, TypeError):
+        return [(one, 0)]
+    parts = min(parts, units)
+    if parts <= 1:
+        return [(one, size)]
+    bounds = [i * units // parts for i in range(parts + 1)]
+    ends: list[int | None] = [*bounds[1:-1], None]
+    return [
+        (replace(one, part=(first, end)), size // parts)
+        for first, end in zip(bounds[:-1], ends, strict=True)
+    ]
 
 
 def _list(names: Iterable[object]) -> str:
@@ -213,13 +290,15 @@ def _no_column(names: Iterable[str], path: Path, text_field: str) -> Problem:
     return Problem("malformed", str(path), f"no column {text_field!r} among {_list(names)}")
 
 
-def _records(batches: Iterable[Sequence[object]], path: Path) -> Iterator[Document | Problem]:
-    number = 0
+def _records(
+    batches: Iterable[Sequence[object]], path: Path, first: int
+) -> Iterator[Document | Problem]:
+    number = first
     for batch in batches:
         for value in batch:
             yield _record(value, f"{path}, row {number}")
             number += 1
-    if not number:
+    if number == first:
         yield Problem("empty", str(path), "no rows")
 
 

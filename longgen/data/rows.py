@@ -24,13 +24,17 @@ def min_piece(context: int) -> int:
     return max(2, context // 256)
 
 
-def pack(lengths: np.ndarray, context: int, rng: np.random.Generator) -> Pieces:
+def pack(
+    lengths: np.ndarray, context: int, rng: np.random.Generator, *, fill: bool = True
+) -> Pieces:
     """Cut documents and put every piece into a row, as `PackedDataset` describes.
 
     Args:
         lengths: tokens of each document, int64 [documents].
         context: tokens in a row.
         rng: decides the order among documents of equal length.
+        fill: cut documents to fill the space in rows; without it one that fits into a row is
+            never cut, and more space stays empty.
 
     Returns:
         Pieces that cover every token of every document once; rows are 0 ... the largest.
@@ -47,7 +51,9 @@ def pack(lengths: np.ndarray, context: int, rng: np.random.Generator) -> Pieces:
     some = np.flatnonzero(rest)
     some = some[np.argsort(-rest[some], kind="stable")]
     fitted = _best_fit_decreasing(rest[some], context)
-    rests = _fill(Pieces(order[some], (whole * context)[some], rest[some], fitted), context)
+    rests = Pieces(order[some], (whole * context)[some], rest[some], fitted)
+    if fill:
+        rests = _fill(rests, context)
     return _concatenate(
         full, Pieces(rests.document, rests.offset, rests.length, rests.row + num_whole)
     )

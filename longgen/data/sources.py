@@ -41,6 +41,16 @@ class SourcesReport:
         if len(names) < NUM_EXAMPLES:
             names.append(name)
 
+    def add(self, other: SourcesReport) -> None:
+        """Add what another report counts."""
+        self.files += other.files
+        self.documents += other.documents
+        self.characters += other.characters
+        for reason, count in other.skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + count
+            names = self.examples.setdefault(reason, [])
+            names += other.examples[reason][: NUM_EXAMPLES - len(names)]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as plain values for JSON."""
         return asdict(self)
@@ -57,16 +67,23 @@ class Documents:
     """Iterate over documents lazily, in a fixed order; one document is in memory at a time.
 
     Each pass reads the files anew. `report` belongs to the latest pass, and is complete once
-    that pass has ended.
+    that pass has ended. A pass without documents is an error unless `allow_none`.
     """
 
     def __init__(
-        self, inputs: Sequence[Input], found: SourcesReport, *, strict: bool, text_field: str
+        self,
+        inputs: Sequence[Input],
+        found: SourcesReport,
+        *,
+        strict: bool,
+        text_field: str,
+        allow_none: bool = False,
     ) -> None:
         self._inputs = tuple(inputs)
         self._found = found
         self._strict = strict
         self._text_field = text_field
+        self._allow_none = allow_none
         self.report = SourcesReport(**found.to_dict())
 
     def __iter__(self) -> Iterator[Document]:
@@ -87,8 +104,8 @@ class Documents:
                     )
                 else:
                     report.skip(item.reason, f"{item.where}: {item.detail}")
-        if not report.documents:
-            raise _no_documents(report)
+        if not report.documents and not self._allow_none:
+            raise no_documents(report)
 
 
 def read_documents(
@@ -124,6 +141,18 @@ def read_documents(
             another kind, a library isn't installed, or there are no documents (known here or,
             if all were skipped, at the end of the pass).
     """
+    inputs, report = find_inputs(paths, join_folders=join_folders)
+    return Documents(inputs, report, strict=strict, text_field=text_field)
+
+
+def find_inputs(
+    paths: str | Path | Sequence[str | Path], *, join_folders: bool = False
+) -> tuple[list[Input], SourcesReport]:
+    """List what `read_documents` reads, in order, with a report that counts what it leaves out.
+
+    Raises:
+        UsageError: as `read_documents` raises it.
+    """
     if isinstance(paths, str | Path):
         paths = [paths]
     if not paths:
@@ -151,12 +180,13 @@ def read_documents(
                     found.append(Input(kind, file))
             inputs += _join(path, found) if join_folders and path.is_dir() else found
     if not inputs:
-        raise _no_documents(report)
+        raise no_documents(report)
     require_libraries(inputs)
-    return Documents(inputs, report, strict=strict, text_field=text_field)
+    return inputs, report
 
 
-def _no_documents(report: SourcesReport) -> UsageError:
+def no_documents(report: SourcesReport) -> UsageError:
+    """Return the error for paths that hold no documents, with what was skipped."""
     skipped = report.skipped_text()
     return UsageError(
         "There are no documents in the data paths"

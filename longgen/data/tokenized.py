@@ -73,9 +73,9 @@ def tokenize_documents(
         UsageError: no documents, a bos or eos asked of a tokenizer that has none, or `out_dir` is
             a file.
     """
-    bos, eos = _boundaries(tokenizer, add_bos, add_eos)
-    vocab_size = vocabulary_size(tokenizer)
-    dtype = np.dtype(np.uint16 if vocab_size < 65536 else np.uint32)
+    encoder = Encoder.of(
+        tokenizer, add_bos=add_bos, add_eos=add_eos, split_special_tokens=split_special_tokens
+    )
     folder = Path(out_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file. Name a folder for the tokenized corpus.")
@@ -92,22 +92,11 @@ def tokenize_documents(
             undo.callback(path.unlink, missing_ok=True)
 
         with temporary[TOKENS_FILE].open("wb") as file:
-            head: list[int] = bos  # what goes before the next tokens of the current document
-            for batch in _batches(documents, digest):
-                encoded = _encode(tokenizer, [piece for piece, _ in batch], split_special_tokens)
-                ids: list[int] = []
-                for piece_ids, (_, is_last) in zip(encoded, batch, strict=True):
-                    if piece_ids:
-                        ids += head
-                        ids += piece_ids
-                        head = []
-                    if is_last and tokens + len(ids) > (ends[-1] if ends else 0):
-                        ids += eos
-                        ends.append(tokens + len(ids))
-                        head = bos
-                tokens += len(ids)
-                characters += sum(len(piece) for piece, _ in batch)
-                file.write(np.asarray(ids, dtype=dtype).tobytes())
+            for batch in encoder.encode(documents, digest):
+                ends.extend(tokens + end for end in batch.ends)
+                tokens += len(batch.tokens)
+                characters += batch.characters
+                file.write(batch.tokens.tobytes())
                 if progress is not None:
                     progress(TokenizeProgress(len(ends), characters, tokens))
             _sync(file)
@@ -119,14 +108,8 @@ def tokenize_documents(
         report = getattr(documents, "report", None)
         info = {
             "format": FORMAT,
-            "tokenizer": {
-                "name": tokenizer_name(tokenizer),
-                "fingerprint": tokenizer_fingerprint(tokenizer),
-                "vocab_size": vocab_size,
-            },
-            "bos_token_id": bos[0] if bos else None,
-            "eos_token_id": eos[0] if eos else None,
-            "dtype": dtype.name,
+            "tokenizer": identity(tokenizer),
+            **encoder.facts(),
             "documents": len(ends),
             "tokens": tokens,
             "characters": characters,
@@ -149,41 +132,138 @@ def _sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _boundaries(
-    tokenizer: PreTrainedTokenizerBase, add_bos: bool | None, add_eos: bool | None
-) -> tuple[list[int], list[int]]:
-    """Return the ids that go before and after each document, [] or one each."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for asked, idx, name in ((add_bos, bos, "bos"), (add_eos, eos, "eos")):
-        if asked and idx is None:
-            raise UsageError(
-                f"The tokenizer {tokenizer_name(tokenizer)!r} has no {name} token to mark "
-                f"documents with. Set its {name}_token, or leave add_{name} out."
+def identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what is recorded of a tokenizer, and checked later."""
+    return {
+        "name": tokenizer_name(tokenizer),
+        "fingerprint": tokenizer_fingerprint(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Hold a batch of encoded text, which documents may reach into and out of.
+
+    Attributes:
+        tokens: ids, [tokens].
+        ends: end of each document that ends here, counted from the start of the batch.
+        characters: that were encoded.
+    """
+
+    tokens: np.ndarray
+    ends: list[int]
+    characters: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoder:
+    """Turn documents into ids with their marks; goes to another process as a few megabytes.
+
+    Attributes:
+        backend: a `tokenizers.Tokenizer`, or the whole tokenizer if that is not a fast one.
+        bos, eos: ids before and after each document, [] or one each.
+        split_special_tokens: take text that spells a special token for plain text.
+        dtype: of the ids.
+    """
+
+    backend: Any
+    bos: list[int]
+    eos: list[int]
+    split_special_tokens: bool
+    dtype: np.dtype
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        split_special_tokens: bool = True,
+    ) -> Encoder:
+        """Make the encoder of a tokenizer; see `tokenize_documents` for the options.
+
+        Raises:
+            UsageError: a bos or eos is asked of a tokenizer that has none.
+        """
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        for asked, idx, name in ((add_bos, bos, "bos"), (add_eos, eos, "eos")):
+            if asked and idx is None:
+                raise UsageError(
+                    f"The tokenizer {tokenizer_name(tokenizer)!r} has no {name} token to mark "
+                    f"documents with. Set its {name}_token, or leave add_{name} out."
+                )
+        if add_bos is None:
+            add_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        if add_eos is None:
+            add_eos = eos is not None
+        if tokenizer.is_fast:
+            # The tokenizer itself stays as it is.
+            backend = type(tokenizer.backend_tokenizer).from_str(
+                tokenizer.backend_tokenizer.to_str()
             )
-    if add_bos is None:
-        add_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    if add_eos is None:
-        add_eos = eos is not None
-    return ([bos] if add_bos else []), ([eos] if add_eos else [])
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = split_special_tokens
+        return cls(
+            backend if tokenizer.is_fast else tokenizer,
+            [bos] if add_bos else [],
+            [eos] if add_eos else [],
+            split_special_tokens,
+            np.dtype(np.uint16 if vocabulary_size(tokenizer) < 65536 else np.uint32),
+        )
 
+    def facts(self) -> dict[str, Any]:
+        """Return what readers of the ids have to know."""
+        return {
+            "bos_token_id": self.bos[0] if self.bos else None,
+            "eos_token_id": self.eos[0] if self.eos else None,
+            "dtype": self.dtype.name,
+        }
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], split_special_tokens: bool
-) -> list[list[int]]:
-    if not tokenizer.is_fast:
-        return tokenizer(
+    def encode(self, documents: Iterable[Document], digest: Any) -> Iterator[Encoded]:
+        """Encode documents, about a million characters at a time; one without tokens is left out.
+
+        Args:
+            documents: what to encode.
+            digest: a hash, updated with the texts.
+        """
+        head: list[int] = self.bos  # what goes before the next tokens of the current document
+        held = 0  # tokens of the current document in earlier batches
+        for batch in _batches(documents, digest):
+            ids: list[int] = []
+            ends: list[int] = []
+            for piece_ids, (_, is_last) in zip(
+                self._ids([piece for piece, _ in batch]), batch, strict=True
+            ):
+                if piece_ids:
+                    ids += head
+                    ids += piece_ids
+                    head = []
+                if is_last:
+                    if held + len(ids) > (ends[-1] if ends else 0):
+                        ids += self.eos
+                        ends.append(len(ids))
+                        head = self.bos
+                    held = 0
+            held = held + len(ids) if not ends else len(ids) - ends[-1]
+            yield Encoded(
+                np.asarray(ids, dtype=self.dtype), ends, sum(len(piece) for piece, _ in batch)
+            )
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if hasattr(self.backend, "encode_batch_fast"):
+            # What the call below comes to; but it also asks for offsets, which doubles the time.
+            encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [one.ids for one in encoded]
+        return self.backend(
             texts,
             add_special_tokens=False,
-            split_special_tokens=split_special_tokens,
+            split_special_tokens=self.split_special_tokens,
             return_attention_mask=False,
             verbose=False,  # no warning about the model's length
         )["input_ids"]
-    # What the call above comes to; but it also asks for offsets, which doubles the time.
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = split_special_tokens
-    return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _batches(documents: Iterable[Document], digest: Any) -> Iterator[list[tuple[str, bool]]]:

@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -107,6 +108,53 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, chunk, torch.is_grad_enabled())
 
 
+@lru_cache(maxsize=1)
+def liger_loss() -> Any:
+    """Return Liger's fused linear cross-entropy (extra `liger`), or None where it is not
+    installed."""
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:
+        return None
+    return liger_fused_linear_cross_entropy
+
+
+def fused_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return what `linear_cross_entropy` does: on a GPU by Liger's kernels if they are
+    installed."""
+    liger = liger_loss() if hidden.device.type == "cuda" else None
+    if liger is None:
+        return linear_cross_entropy(hidden, weight, targets, bias)
+    return _by_liger(liger, hidden, weight, targets, bias)
+
+
+def _by_liger(
+    liger: Any,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    dtype = _compute_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        # By default it would add up the chunks' gradients in half precision.
+        total: torch.Tensor = liger(
+            hidden.to(dtype),
+            weight.to(dtype),
+            targets,
+            None if bias is None else bias.to(dtype),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            accum_dtype=torch.float32,
+        )
+    return total.float()
+
+
 class LMHead(nn.Linear):
     """Project to the vocabulary, or, given labels, go straight to the loss.
 
@@ -125,7 +173,7 @@ class LMHead(nn.Linear):
         if shift_labels is None:
             return super().forward(hidden)
         targets = shift_labels.reshape(-1).to(hidden.device)
-        total = linear_cross_entropy(hidden.flatten(0, -2), self.weight, targets, self.bias)
+        total = fused_loss(hidden.flatten(0, -2), self.weight, targets, self.bias)
         if num_items is None:
             num_items = (targets != IGNORE_INDEX).sum().clamp(min=1)
         elif torch.is_tensor(num_items):

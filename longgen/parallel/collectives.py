@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 
-def all_to_all(
+def begin_all_to_all(
     rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], process_group: Any
-) -> torch.Tensor:
-    """Send `send[r]` rows to each rank r, in order, and return what came: `receive[r]` rows from
-    each.
+) -> Callable[[], torch.Tensor]:
+    """Begin to send `send[r]` rows to each rank r, in order; the function returned waits for what
+    comes, `receive[r]` rows from each.
+
+    Between the two, other work goes on beside the exchange. On a GPU the wait is the stream's, not
+    the host's.
 
     Args:
         rows: (sum(send), ...), contiguous.
@@ -22,11 +25,25 @@ def all_to_all(
         process_group: torch.distributed's handle.
 
     Returns:
-        (sum(receive), ...), without gradients.
+        A function that returns (sum(receive), ...), without gradients.
     """
     received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows, list(receive), list(send), group=process_group)
-    return received
+    work = dist.all_to_all_single(
+        received, rows, list(receive), list(send), group=process_group, async_op=True
+    )
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return received
+
+    return wait
+
+
+def all_to_all(
+    rows: torch.Tensor, send: Sequence[int], receive: Sequence[int], process_group: Any
+) -> torch.Tensor:
+    """Exchange rows as `begin_all_to_all` does, and wait for them."""
+    return begin_all_to_all(rows, send, receive, process_group)()
 
 
 class _Swap(torch.autograd.Function):

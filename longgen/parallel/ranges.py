@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from longgen.layout import PADDING, Axis, Layout, Run, axis_length, cut
-from longgen.parallel.collectives import all_to_all
+from longgen.parallel.collectives import begin_all_to_all
 from longgen.parallel.group import ContextGroup
 from longgen.pattern import SparsePattern
 
@@ -192,16 +192,17 @@ class _Fetch(torch.autograd.Function):
         width = heads // plan.num_groups * head_dim
         send, fetch, empty, _, _ = _indices(plan, k.device)
         rows = torch.cat([states.reshape(-1, width)[send] for states in (k, v)], 1)
-        came = all_to_all(rows, plan.num_sent, plan.num_received, process_group)
+        wait = begin_all_to_all(rows, plan.num_sent, plan.num_received, process_group)
+        # What is here already goes to its place while the rest is on its way.
         wholes = []
-        for states, part in zip((k, v), came.split(width, 1), strict=True):
+        for states in (k, v):
             whole = states.new_empty(batch, plan.num_fetched + length, heads, head_dim)
             whole[:, plan.num_fetched :] = states
-            flat = whole.view(-1, width)
-            flat[fetch] = part
             # Finite, since a masked key still meets a probability of zero.
-            flat[empty] = 0.0
+            whole.view(-1, width)[empty] = 0.0
             wholes.append(whole)
+        for whole, part in zip(wholes, wait().split(width, 1), strict=True):
+            whole.view(-1, width)[fetch] = part
         return wholes[0], wholes[1]
 
     @staticmethod
@@ -211,22 +212,20 @@ class _Fetch(torch.autograd.Function):
         width = heads // plan.num_groups * head_dim
         _, fetch, _, distinct, places = _indices(plan, grads[0].device)
         rows = torch.cat([grad.reshape(-1, width)[fetch] for grad in grads], 1)
-        came = all_to_all(rows, plan.num_received, plan.num_sent, ctx.process_group)
-        results = []
-        for grad, part in zip(grads, came.split(width, 1), strict=True):
-            own = grad[:, plan.num_fetched :].contiguous()
+        wait = begin_all_to_all(rows, plan.num_received, plan.num_sent, ctx.process_group)
+        owns = [grad[:, plan.num_fetched :].contiguous() for grad in grads]
+        for own, part in zip(owns, wait().split(width, 1), strict=True):
             flat = own.view(-1, width)
             # Ranks are added in their order and each at most once to a row: the same bits every
             # time, on GPUs too. Half precision would round at every one of them.
-            total = flat[distinct].to(torch.promote_types(grad.dtype, torch.float32))
+            total = flat[distinct].to(torch.promote_types(own.dtype, torch.float32))
             start = 0
             for count in plan.num_sent:
                 span = slice(start, start + count)
                 total[places[span]] += part[span]
                 start += count
-            flat[distinct] = total.to(grad.dtype)
-            results.append(own)
-        return results[0], results[1], None, None
+            flat[distinct] = total.to(own.dtype)
+        return owns[0], owns[1], None, None
 
 
 def fetch_ranges(

@@ -12,6 +12,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from longgen.errors import UsageError
 
 SWITCH = ("auto", "on", "off")
+# How several processes hold the model, and what layers keep for the backward pass.
+SHARDINGS = ("auto", "fsdp", "ddp")
+RECOMPUTE = ("auto", "off", "selective", "full")
 # Options that choose the layers and the pattern, which the config holds resolved.
 PLAN_OPTIONS = (
     "full_layers",
@@ -54,7 +57,7 @@ class ExtendConfig:
         model: folder of the base checkpoint.
         out: folder for the hybrid and all that belongs to the run.
         context: target length in tokens, also the length of every training sequence.
-        data: files, folders and globs to train on.
+        data: files, folders and globs to train on; or packed sets, as DIR or DIR@WEIGHT.
         layers: the layer string, one letter a layer.
         pattern: fields of the `SparsePattern`.
         rope_theta: rotary base; None follows `longgen.rope`.
@@ -73,10 +76,15 @@ class ExtendConfig:
         strict: refuse data files that would be skipped.
         heldout_tokens: tokens kept out of training, for loss curves and haystacks.
         allow_repeat: go through the data more than once if the steps ask for it.
-        gradient_checkpointing: recompute layers in the backward pass ("auto": if the estimate says
-            it does not fit otherwise).
+        gradient_checkpointing: recompute layers in the backward pass: "full", or "selective", all
+            but attention; "off"; "auto" is the first of off, selective and full that fits by the
+            estimate.
+        offload: hold what recomputation starts from in host memory.
         compile: compile the layers' element-wise parts ("auto": on GPUs).
+        fp8: matrix products of the layers in fp8.
         context_parallel: processes that share each sequence, of those that torchrun starts.
+        sharding: how several processes hold the model: "fsdp" (each a part), "ddp" (each all of
+            it), or "auto" (fsdp on GPUs).
         save_steps: steps between checkpoints.
         log_steps: steps between lines of progress.
         force: start even if the estimate says that it does not fit the GPU.
@@ -105,8 +113,11 @@ class ExtendConfig:
     heldout_tokens: int | None = None
     allow_repeat: bool = False
     gradient_checkpointing: str = "auto"
+    offload: bool = False
     compile: str = "auto"
+    fp8: bool = False
     context_parallel: int = 1
+    sharding: str = "auto"
     save_steps: int = 100
     log_steps: int = 10
     force: bool = field(default=False, compare=False)
@@ -130,9 +141,23 @@ class ExtendConfig:
         for name in ("recall_share", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
-        for name in ("gradient_checkpointing", "compile"):
-            if getattr(self, name) not in SWITCH:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; give auto, on or off.")
+        if self.gradient_checkpointing == "on":
+            object.__setattr__(self, "gradient_checkpointing", "full")
+        for name, choices in (
+            ("gradient_checkpointing", RECOMPUTE),
+            ("compile", SWITCH),
+            ("sharding", SHARDINGS),
+        ):
+            if getattr(self, name) not in choices:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)!r}; give {', '.join(choices[:-1])} or "
+                    f"{choices[-1]}."
+                )
+        if self.offload and self.gradient_checkpointing == "off":
+            raise UsageError(
+                "offload moves what gradient checkpointing keeps to host memory, and "
+                "gradient_checkpointing is off. Give selective or full, or leave offload out."
+            )
         if not self.data:
             raise UsageError("No data were given to train on; name files, folders or globs.")
         if self.batch_tokens is None:
@@ -178,8 +203,10 @@ class ExtendConfig:
             "save_steps",
             "log_steps",
             "gradient_checkpointing",
+            "offload",
             "compile",
             "context_parallel",
+            "sharding",
         }
         mine = self.to_dict()
         return [
@@ -221,6 +248,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"The recipe {path} is not TOML: {error}.") from None
     recipe = {key.replace("-", "_"): value for key, value in found.items()}
+    if "mixture" in recipe:
+        recipe = _with_mixture(recipe, path)
     own = {entry.name for entry in fields(ExtendConfig)} - {"layers"}
     known = own.union(PLAN_OPTIONS)
     unknown = sorted(set(recipe) - known)
@@ -231,3 +260,22 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             "--help)."
         )
     return recipe
+
+
+def _with_mixture(recipe: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Turn the table [mixture], packed sets and their weights, into what `data` holds."""
+    table = recipe.pop("mixture")
+    if "data" in recipe:
+        raise UsageError(f"The recipe {path} has both data and [mixture]; keep one of them.")
+    if not isinstance(table, dict) or not table:
+        raise UsageError(
+            f"mixture in the recipe {path} is {table!r}; give a table of packed sets and their "
+            'weights, such as "packed/books" = 0.6.'
+        )
+    for folder, weight in table.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+            raise UsageError(
+                f"The weight of {folder!r} in the recipe {path} is {weight!r}; give a number "
+                "above 0."
+            )
+    return {**recipe, "data": [f"{folder}@{weight}" for folder, weight in table.items()]}

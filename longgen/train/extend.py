@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from longgen import __version__
-from longgen.accounting import check_fits, fits, training_memory
+from longgen.accounting import check_fits
 from longgen.checkpoint import (
     check_weights,
     load_tokenizer,
@@ -21,16 +19,17 @@ from longgen.checkpoint import (
     refuse_hybrid,
     write_json,
 )
-from longgen.convert import hybrid_config, load_as_hybrid, save_hybrid
+from longgen.convert import hybrid_config, load_as_hybrid
 from longgen.data.corpus import (
     INFO_FILE,
     CorpusView,
     TokenizedCorpus,
     check_vocabulary,
+    default_heldout,
     split_heldout,
 )
+from longgen.data.mixture import Mixture
 from longgen.data.packing import PackedDataset
-from longgen.data.recall import RecallText
 from longgen.data.sources import Documents, read_documents
 from longgen.data.tokenized import tokenize_documents
 from longgen.errors import UsageError
@@ -41,23 +40,25 @@ from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.config import ExtendConfig, check_context
+from longgen.train.data import mixture_of, recall_text, remember_data, say_mixture
+from longgen.train.export import write_hybrid
+from longgen.train.float8 import check_float8
 from longgen.train.folder import HELDOUT, RUN, check_folder, training_folder
+from longgen.train.loop import Held, hold_model, run_training
 from longgen.train.processes import Processes
-from longgen.train.trainer import (
-    LongGenTrainer,
-    Progress,
-    Say,
-    TrainingSequences,
-    newest_checkpoint,
-)
+from longgen.train.saving import newest_checkpoint
+from longgen.train.sharding import choose_sharding
+from longgen.train.trainer import Say
+from longgen.training_memory import cheapest_that_fits, training_memory
+from longgen.training_setup import TrainingSetup
 
 
 def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> dict[str, Any]:
     """Extend a model's context: convert, train, and write the hybrid to `config.out`.
 
     Under torchrun every process calls this. `context_parallel` neighbours share each sequence, the
-    groups of them share a step's sequences, and each process holds the whole model. `config.out`
-    must be the same folder for all.
+    groups of them share a step's sequences, and on GPUs all of them share the model (`sharding`).
+    `config.out` must be the same folder for all.
 
     Ctrl-C stops after the step in hand with a checkpoint; `resume` goes on from the newest whole
     one, with the data, order and losses that the uninterrupted run would have had.
@@ -88,60 +89,65 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     check_context(config.context, base.max_position_embeddings, config.model)
     plan = LayerPlan(config.layers, SparsePattern.from_dict(config.pattern))
     # Refuses here, before anything is written, what it would refuse once the data are tokenized.
-    hybrid_config(base, plan, context=config.context, rope_theta=config.rope_theta)
+    hybrid = hybrid_config(base, plan, context=config.context, rope_theta=config.rope_theta)
     check_weights(config.model)
     shape = ModelShape.from_config(base)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, base.vocab_size)
-    checkpointing, planned = _fit(config, shape)
-    documents = processes.first(lambda: None if resume else _documents(config), lambda: None)
+    if config.fp8:
+        check_float8("cuda" if torch.cuda.is_available() else "cpu")
+    held, planned = _fit(config, shape, plan, processes)
+    mixture = mixture_of(config, tokenizer)
+    documents = None
+    if mixture is None:
+        documents = processes.first(lambda: None if resume else _documents(config), lambda: None)
     folder, created = training_folder(config.out), not Path(config.out).exists()
     checkpoint = processes.first(
         lambda: _begin(config, resume, say),
         lambda: newest_checkpoint(folder)[0] if resume else None,
     )
     try:
-        corpus = processes.first(
-            lambda: _corpus(config, tokenizer, documents, say),
-            lambda: TokenizedCorpus.open(folder / "corpus"),
-        )
-        train, heldout = _split(config, corpus)
-        recall = (
-            RecallText(tokenizer, records_per_sequence=config.recall_records)
-            if config.recall_share
-            else None
-        )
-        packed = PackedDataset(
-            train,
-            context=config.context,
-            seed=config.seed,
-            recall=recall,
-            recall_share=config.recall_share,
-        )
+        packed: PackedDataset | Mixture
+        if mixture is not None:
+            packed, text = mixture, mixture.heldout(config.heldout_tokens or 16 * config.context)
+            processes.first(lambda: remember_data(folder, mixture, resume), lambda: None)
+        else:
+            corpus = processes.first(
+                lambda: _corpus(config, tokenizer, documents, say),
+                lambda: TokenizedCorpus.open(folder / "corpus"),
+            )
+            train, heldout = _split(config, corpus)
+            text = np.concatenate([heldout.document(i) for i in range(len(heldout))])
+            packed = PackedDataset(
+                train,
+                context=config.context,
+                seed=config.seed,
+                recall=recall_text(config, tokenizer),
+                recall_share=config.recall_share,
+            )
         packed.check_enough(config.num_sequences, allow_repeat=config.allow_repeat)
-        hybrid = load_as_hybrid(
-            config.model,
-            plan,
-            context=config.context,
-            rope_theta=config.rope_theta,
-            dtype=torch.float32,
-        )
+        model = hold_model(config, hybrid, lambda: _load(config, plan), held, processes)
     except BaseException:
         if not resume and processes.is_first:
             shutil.rmtree(Path(config.out) if created else folder, ignore_errors=True)
         raise
     if processes.is_first:
-        text = np.concatenate([heldout.document(i) for i in range(len(heldout))])
         np.save(folder / HELDOUT, text)
-    report = packed.report()
-    say(
-        f"{train.num_tokens:,} tokens to train on, {heldout.num_tokens:,} held out; "
-        f"{report.rows:,} sequences of {config.context:,}, {report.padding_rate:.1%} padding"
-    )
+    data, packing = None, {}
+    if isinstance(packed, Mixture):
+        packing = {"sets": packed.report(config.num_sequences)}
+        say_mixture(packed, config, len(text), say)
+    else:
+        report = packed.report()
+        say(
+            f"{train.num_tokens:,} tokens to train on, {len(text):,} held out; "
+            f"{report.rows:,} sequences of {config.context:,}, {report.padding_rate:.1%} padding"
+        )
+        data, packing = corpus.info.get("sources"), report.to_dict()
     say(
         f"layers {plan}  "
         f"{f'sparse layers see {plan.pattern}; ' if 'S' in plan.layers else ''}rotary base "
-        f"{hybrid.config.rope_parameters['rope_theta']:,.0f}"
+        f"{hybrid.rope_parameters['rope_theta']:,.0f}"
     )
     record = {
         "kind": "extend",
@@ -150,12 +156,12 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
         "card": card_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "processes": processes.count,
         "config": config.to_dict(),
-        "rope_theta": hybrid.config.rope_parameters["rope_theta"],
+        "rope_theta": hybrid.rope_parameters["rope_theta"],
         "original_context": base.max_position_embeddings,
-        "data": corpus.info.get("sources"),
-        "packing": report.to_dict(),
+        "data": data,
+        "packing": packing,
     }
-    figures = _train(config, hybrid, packed, shape, plan, checkpointing, checkpoint, processes, say)
+    figures = run_training(config, model, packed, shape, plan, held, checkpoint, processes, say)
     record["training"] = {**figures, "planned_bytes": planned}
     record["finished"] = not figures["interrupted"]
     if figures["interrupted"]:
@@ -164,9 +170,14 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
             f"{config.out} to go on from there"
         )
         return record
-    hybrid.to(base.dtype or torch.bfloat16)
-    hybrid.config.use_cache = True
-    processes.first(lambda: save_hybrid(hybrid, tokenizer, Path(config.out), record), lambda: None)
+
+    def write() -> None:
+        last, _ = newest_checkpoint(folder)
+        assert last is not None, "the Trainer saves after the last step"
+        dtype = base.dtype or torch.bfloat16
+        write_hybrid(config, last, hybrid, tokenizer, dtype, config.out, record)
+
+    processes.first(write, lambda: None)
     say(f"hybrid written to {config.out}")
     return record
 
@@ -175,22 +186,40 @@ def _silent(line: str) -> None:
     """Leave the reporting to the first process."""
 
 
-def _fit(config: ExtendConfig, shape: ModelShape) -> tuple[bool, int]:
-    """Choose gradient checkpointing and check memory; returns the choice and the estimated
-    bytes."""
+def _load(config: ExtendConfig, plan: LayerPlan) -> Any:
+    return load_as_hybrid(
+        config.model,
+        plan,
+        context=config.context,
+        rope_theta=config.rope_theta,
+        dtype=torch.float32,
+    )
 
-    def estimate(checkpointing: bool) -> Any:
-        tokens = config.context // config.context_parallel
-        return training_memory(shape, tokens, gradient_checkpointing=checkpointing)
 
+def _fit(
+    config: ExtendConfig, shape: ModelShape, plan: LayerPlan, processes: Processes
+) -> tuple[Held, int]:
+    """Choose how the model is held, and check memory; returns the choice and the bytes of tensors
+    to be expected on each GPU."""
     gpus = machine_gpus()
-    checkpointing = config.gradient_checkpointing != "off"
-    if config.gradient_checkpointing == "auto" and gpus is not None:
-        checkpointing = not fits(estimate(False), gpus.gpu)
-    memory = estimate(checkpointing)
+    sharding = choose_sharding(config.sharding, processes.count, on_gpu=torch.cuda.is_available())
+    recompute = config.gradient_checkpointing
+    setup = TrainingSetup(
+        gpus=processes.count,
+        context_parallel=processes.context_parallel,
+        sharding="ddp" if sharding == "none" else sharding,
+        checkpointing="full" if recompute == "auto" else recompute,
+        offload=config.offload,
+        compile=config.compile == "on" or (config.compile == "auto" and gpus is not None),
+        is_bf16=gpus is not None,
+        accumulates=config.sequences_per_step > processes.data_parallel,
+    )
+    if recompute == "auto" and gpus is not None:
+        setup = cheapest_that_fits(shape, config.context, setup, plan, gpus.gpu.memory_bytes)
+    memory = training_memory(shape, config.context, setup, plan)
     if gpus is not None:
         check_fits(memory, gpus, f"Training at {config.context:,} tokens", force=config.force)
-    return checkpointing, memory.total
+    return Held(sharding, setup.checkpointing), memory.allocated
 
 
 def _begin(config: ExtendConfig, resume: bool, say: Say) -> Path | None:
@@ -251,127 +280,5 @@ def _split(config: ExtendConfig, corpus: CorpusView) -> tuple[CorpusView, Corpus
         )
     tokens = config.heldout_tokens
     if tokens is None:
-        tokens = min(max(corpus.num_tokens // 20, 2 * config.context), 16 * config.context)
-        tokens = min(tokens, corpus.num_tokens // 4)
+        tokens = default_heldout(corpus.num_tokens, config.context)
     return split_heldout(corpus, tokens=tokens, seed=config.seed)
-
-
-def compile_elementwise(model: Any) -> None:
-    """Compile what lies between the matrix products of a decoder layer: norms and the gated MLP.
-
-    One graph serves all layers. Attention stays outside: its kernels are compiled on their own.
-    """
-    for layer in model.model.layers:
-        layer.input_layernorm.compile()
-        layer.post_attention_layernorm.compile()
-        layer.mlp.compile()
-    model.model.norm.compile()
-
-
-def _train(
-    config: ExtendConfig,
-    model: Any,
-    packed: PackedDataset,
-    shape: ModelShape,
-    plan: LayerPlan,
-    checkpointing: bool,
-    checkpoint: Path | None,
-    processes: Processes,
-    say: Say,
-) -> dict[str, Any]:
-    from transformers import PrinterCallback, ProgressCallback, TrainingArguments
-
-    on_gpu = torch.cuda.is_available()
-    folder = training_folder(config.out)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=config.steps,
-        per_device_train_batch_size=1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": config.min_lr_ratio},
-        warmup_steps=min(config.warmup_steps, max(config.steps - 1, 0)),
-        weight_decay=config.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
-        use_cpu=not on_gpu,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        seed=config.seed,
-        data_seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_num_workers=2 if on_gpu else 0,
-        dataloader_pin_memory=on_gpu,
-        disable_tqdm=True,
-        ddp_backend=None if on_gpu or processes.count == 1 else "gloo",
-        ddp_find_unused_parameters=False if processes.count > 1 else None,
-    )
-    # The Trainer would wrap the model in DataParallel over all GPUs, which breaks packed sequences.
-    if arguments.n_gpu > 1:
-        say(f"training on 1 of {arguments.n_gpu} GPUs")
-        arguments._n_gpu = 1
-    arguments.gradient_accumulation_steps = config.sequences_per_step // processes.data_parallel
-    card = torch.cuda.get_device_name() if on_gpu else None
-    progress = Progress(shape, plan, folder, config.log_steps, card, say, processes)
-    if checkpointing:
-        # Transformers has renamed it; the Trainer's own setting warns in one release or the other.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    if config.compile == "on" or (config.compile == "auto" and on_gpu):
-        compile_elementwise(model)
-    trainer = LongGenTrainer(
-        model=model,
-        args=arguments,
-        group=processes.group,
-        train_dataset=TrainingSequences(packed, config.num_sequences, processes.context_parallel),
-        data_collator=default_collate,
-        callbacks=[progress, *(_tensorboard(folder) if processes.is_first else [])],
-    )
-    trainer.progress = progress
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"The GPU ran out of memory at step {trainer.state.global_step + 1} "
-            f"({torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use). Resume the run "
-            "with gradient checkpointing on, or begin another with a shorter context."
-        ) from error
-    finally:
-        progress.release()
-    model.set_context_parallel(None)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "interrupted": progress.interrupted and trainer.state.global_step < config.steps,
-        "step": trainer.state.global_step,
-        "tokens": trainer.state.global_step * int(config.batch_tokens or 0),
-        "seconds": time.perf_counter() - began,
-        "first_loss": losses[0] if losses else None,
-        "last_loss": statistics.mean(losses[-10:]) if losses else None,
-        "gradient_checkpointing": checkpointing,
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        **progress.medians(),
-    }
-
-
-def _tensorboard(folder: Path) -> list[Any]:
-    """Return the callback that writes TensorBoard events to `folder`, if TensorBoard is
-    installed."""
-    from transformers.integrations import TensorBoardCallback, is_tensorboard_available
-
-    if not is_tensorboard_available():
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-
-    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard")))]

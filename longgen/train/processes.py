@@ -118,6 +118,12 @@ class Processes:
             dist.all_reduce(totals)
         return totals.tolist()
 
+    def each(self, value: float) -> list[float]:
+        """Return the values of all processes, by rank, in fp64."""
+        values = [0.0] * self.count
+        values[self.rank] = value
+        return self.sum(values)
+
     def any(self, flag: bool) -> bool:
         """Whether it is true on some process."""
         return self.sum([float(flag)])[0] > 0

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import signal
 import statistics
 import threading
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers.trainer
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
@@ -30,8 +28,15 @@ from longgen.parallel import ContextGroup, shard
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.processes import Processes
+from longgen.train.saving import (
+    load_optimizer,
+    load_weights,
+    mark_whole,
+    save_optimizer,
+    save_weights,
+)
 
-WHOLE = "whole.json"
+_SCHEDULER = "scheduler.pt"
 
 Say = Callable[[str], None]
 
@@ -100,15 +105,28 @@ class LongGenTrainer(Trainer):
         self.progress.count(positions if self.group is None else self.group.gather(positions))
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # To compare versions, the Trainer reads config.json as a plain config, which refuses a
-        # hybrid's layer types.
-        plain = transformers.trainer.PreTrainedConfig
-        transformers.trainer.PreTrainedConfig = type(self.model.config)
-        try:
-            super()._load_from_checkpoint(*args, **kwargs)
-        finally:
-            transformers.trainer.PreTrainedConfig = plain
+    # Checkpoints are the distributed kind whatever holds the model (longgen/train/saving.py), so
+    # that they can be read by any number of processes.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = output_dir or self.args.output_dir
+        if _internal_call:
+            save_weights(self.model, folder)
+        else:
+            super().save_model(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_optimizer(self.model, self.optimizer, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(self.model, self.optimizer, checkpoint)
+            state = torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True)
+            self.lr_scheduler.load_state_dict(state)
 
 
 class Progress(TrainerCallback):
@@ -255,7 +273,7 @@ class Progress(TrainerCallback):
         # Every process has written its part.
         self.processes.wait()
         if state.is_world_process_zero:
-            (folder / WHOLE).write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
+            mark_whole(folder, state.global_step)
 
     def medians(self) -> dict[str, float | None]:
         """Return the median speed of the steps after the first, which compiles."""
@@ -271,18 +289,3 @@ class Progress(TrainerCallback):
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
             self._old_handler = None
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
-    """Return the newest checkpoint that was written to its end, and newer ones that were not."""
-    found = [
-        (int(match[1]), path)
-        for path in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    cut_off: list[Path] = []
-    for _, path in sorted(found, reverse=True):
-        if (path / WHOLE).is_file():
-            return path, cut_off
-        cut_off.append(path)
-    return None, cut_off

@@ -20,6 +20,7 @@ from longgen.errors import UsageError
 from longgen.gpus import Gpu, GpuGroup
 from longgen.pattern import SparsePattern
 from longgen.shapes import SHAPES
+from longgen.train import export as export_module
 from longgen.train import extend as extend_module
 from longgen.train.config import ExtendConfig, read_recipe
 
@@ -73,9 +74,12 @@ def test_every_setting_has_an_option_that_reaches_it(
         "strict": True,
         "heldout_tokens": 1024,
         "allow_repeat": True,
-        "gradient_checkpointing": "off",
+        "gradient_checkpointing": "selective",
+        "offload": True,
         "compile": "on",
+        "fp8": True,
         "context_parallel": 3,
+        "sharding": "ddp",
         "save_steps": 5,
         "log_steps": 6,
         "force": True,
@@ -134,7 +138,8 @@ def test_recipes_make_valid_runs(path: Path, tmp_path: Path) -> None:
     fields = {name: getattr(shape, name) for name in names}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config = resolve({**recipe, "model": str(tmp_path), "data": ["x"], "out": "o"})
-    assert str(config.context // 1024) + "k" in path.stem
+    context = config.context // 1024
+    assert f"_{context}k_" in path.stem or f"_{context // 1024}m_" in path.stem
     assert config.num_sequences * config.context == config.steps * recipe["batch_tokens"]
 
 
@@ -171,7 +176,7 @@ def test_a_run_is_resumed_from_its_folder_alone(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(extend_module, "save_hybrid", crash)
+        patch.setattr(export_module, "save_hybrid", crash)
         stopped = run(*arguments)
     out = tmp_path / "run"
     assert (stopped.code, stopped.out) == (130, "")

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import longgen
-from longgen.accounting import expected_speedups, kv_bytes, serving_memory, training_memory
+from longgen.accounting import expected_speedups, kv_bytes, serving_memory
 from longgen.cli import app, main
 from longgen.cli import plan as plan_module
 from longgen.cli.console import format_bytes, format_count, three_figures
@@ -21,6 +21,7 @@ from longgen.gpus import Gpu, GpuGroup
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import SHAPES
+from longgen.training_memory import training_memory
 
 ROOT = Path(longgen.__file__).parents[1]
 PAPER = ["--pattern", "attention-sink", "--full-layers", "middle:12", "--gpus", "1xH100"]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import longgen.hf.head as head
 from longgen.attention.testing import assert_within_eager_error
 from longgen.hf import LMHead, linear_cross_entropy
-from longgen.hf.head import shift
+from longgen.hf.head import _by_liger, fused_loss, shift
 
 ROWS, WIDTH, VOCABULARY = 75, 24, 111
 
@@ -200,6 +200,45 @@ def test_head_gives_logits_or_loss() -> None:
     for items, divisor in ((None, counted), (10, 10), (torch.tensor(10), 10)):
         loss = layer(h.view(3, 25, WIDTH), labels, items)
         torch.testing.assert_close(loss.double(), exact / divisor, **near)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_ligers_function_is_asked_for_the_same_loss(bias: bool, autocast: bool) -> None:
+    """With a stand-in of Liger's signature, which needs a GPU: it gets one dtype and no autocast,
+    and its gradients arrive in the leaves' own."""
+    targets, *leaves = draw(torch.float32, bias)
+    asked: dict[str, Any] = {}
+
+    def liger(h: Any, w: Any, target: Any, b: Any = None, **options: Any) -> torch.Tensor:
+        asked.update(options, dtypes={x.dtype for x in (h, w, b) if x is not None})
+        assert not torch.is_autocast_enabled("cpu")
+        return naive(target, h, w, b).sum()
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, grads = with_gradients(lambda h, w, b: _by_liger(liger, h, w, targets, b), leaves)
+        same, same_grads = with_gradients(
+            lambda h, w, b: linear_cross_entropy(h, w, targets, b), leaves
+        )
+    assert asked == {
+        "ignore_index": -100,
+        "reduction": "sum",
+        "accum_dtype": torch.float32,
+        "dtypes": {torch.bfloat16 if autocast else torch.float32},
+    }
+    assert loss.dtype == torch.float32
+    # The stand-in's logits, of up to 16, are rounded to bf16: to 2 ** -5, and so is their exp.
+    bound = 2**-5 if autocast else 1e-5
+    torch.testing.assert_close(loss, same, rtol=bound, atol=0)
+    for got, want in zip(grads, same_grads, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - want).abs().max() <= bound * want.abs().max()
+
+
+def test_on_a_cpu_the_loss_is_the_chunked_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "liger_loss", lambda: pytest.fail("asked for Liger"))
+    targets, *leaves = draw(torch.float32, False)
+    assert torch.equal(fused_loss(*leaves, targets), linear_cross_entropy(*leaves, targets))
 
 
 def test_shift() -> None:

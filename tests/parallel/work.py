@@ -35,10 +35,10 @@ class Counter:
         self.rank, self.sent = rank, 0
         self._swap = collectives.dist.all_to_all_single
 
-    def __call__(self, out: Any, rows: Any, receive: Any, send: Any, group: Any = None) -> Any:
+    def __call__(self, out: Any, rows: Any, receive: Any, send: Any, **options: Any) -> Any:
         others = sum(count for rank, count in enumerate(send) if rank != self.rank)
         self.sent += others * rows[:1].nbytes if len(rows) else 0
-        return self._swap(out, rows, receive, send, group=group)
+        return self._swap(out, rows, receive, send, **options)
 
 
 def compare(rank: int, cases: list[Case]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from dataclasses import replace
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as distributed_checkpoint
 
 from longgen.errors import UsageError
 from longgen.train.config import ExtendConfig
 from longgen.train.extend import extend
-from longgen.train.trainer import Progress
+from longgen.train.saving import OPTIMIZER
+from longgen.train.trainer import LongGenTrainer, Progress
 
 
 def extend_twice(rank: int, whole: ExtendConfig, stopped: ExtendConfig) -> dict[str, Any]:
@@ -42,6 +45,39 @@ def extend_twice(rank: int, whole: ExtendConfig, stopped: ExtendConfig) -> dict[
         shutil.copytree(stopped.out, f"{stopped.out}-copy")
     records.append(extend(stopped, resume=True, say=lines.append))
     return {"lines": lines, "records": records}
+
+
+def extend_by_sgd(rank: int, config: ExtendConfig, resume: bool = False) -> dict[str, Any]:
+    """Extend by SGD with momentum, and return the record.
+
+    Adam makes steps of full size out of gradients that are rounding noise; here a step is as exact
+    as its gradients, and there is a state to be saved all the same.
+    """
+
+    def create(trainer: LongGenTrainer, model: Any = None) -> torch.optim.Optimizer:
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-2, momentum=0.9)
+        return trainer.optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LongGenTrainer, "create_optimizer", create)
+        return extend(config, resume=resume, say=lambda line: None)
+
+
+def extend_and_die(rank: int, config: ExtendConfig, step: int) -> None:
+    """Extend by SGD; the last process kills itself while the optimizer of one checkpoint is
+    written."""
+    save = distributed_checkpoint.save
+
+    def die(state: Any, **kwargs: Any) -> None:
+        folder = Path(kwargs["checkpoint_id"])
+        last = rank == torch.distributed.get_world_size() - 1
+        if last and folder.parts[-2:] == (f"checkpoint-{step}", OPTIMIZER):
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed_checkpoint, "save", die)
+        extend_by_sgd(rank, config)
 
 
 def extend_wrongly(rank: int, config: ExtendConfig) -> list[tuple[str, str]]:

@@ -54,6 +54,12 @@ def test_a_step_has_by_default_as_many_whole_sequences_as_131072_tokens_hold() -
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
         ({"recall_share": 1.5}, "recall_share is 1.5; give a number from 0 to 1"),
         ({"compile": "yes"}, "compile is 'yes'; give auto, on or off"),
+        ({"sharding": "zero3"}, "sharding is 'zero3'; give auto, fsdp or ddp"),
+        (
+            {"gradient_checkpointing": "some"},
+            "gradient_checkpointing is 'some'; give auto, off, selective or full",
+        ),
+        ({"gradient_checkpointing": "off", "offload": True}, "gradient_checkpointing is off"),
         ({"strict": "yes"}, "strict is 'yes'; give true or false"),
         ({"data": "text"}, "data is 'text'; give a list of paths"),
         ({"data": []}, "No data were given"),
@@ -63,6 +69,10 @@ def test_a_step_has_by_default_as_many_whole_sequences_as_131072_tokens_hold() -
 def test_what_makes_no_sense_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         config(**changes)
+
+
+def test_on_is_the_old_name_of_full_checkpointing() -> None:
+    assert config(gradient_checkpointing="on") == config(gradient_checkpointing="full")
 
 
 def test_whole_numbers_will_do_for_others() -> None:

@@ -19,9 +19,12 @@ from longgen.errors import UsageError
 from longgen.gpus import Gpu, GpuGroup
 from longgen.plan import LayerPlan
 from longgen.rope import rope_theta_for
+from longgen.train import export as export_module
 from longgen.train import extend as extend_module
 from longgen.train.config import ExtendConfig
 from longgen.train.extend import HELDOUT, extend, training_folder
+from longgen.train.saving import WEIGHTS
+from longgen.train.trainer import LongGenTrainer, TrainingSequences
 
 Settings = Callable[..., ExtendConfig]
 
@@ -82,13 +85,17 @@ def test_a_run_learns_and_leaves_a_whole_hybrid(
 
 
 def test_gradient_checkpointing_changes_nothing(settings: Settings) -> None:
-    runs = [settings(switch, steps=3, gradient_checkpointing=switch) for switch in ("on", "off")]
+    kinds = (("off", False), ("full", False), ("selective", False), ("selective", True))
+    runs = [
+        settings(f"{mode}-{offload}", steps=3, gradient_checkpointing=mode, offload=offload)
+        for mode, offload in kinds
+    ]
     for config in runs:
-        assert extend(config, say=quiet)["training"]["gradient_checkpointing"] == (
-            config.gradient_checkpointing == "on"
-        )
-    assert losses(runs[0]) == losses(runs[1])
-    assert_same_weights(*runs)
+        training = extend(config, say=quiet)["training"]
+        assert training["gradient_checkpointing"] == config.gradient_checkpointing
+    for config in runs[1:]:
+        assert losses(config) == losses(runs[0])
+        assert_same_weights(config, runs[0])
 
 
 def assert_same_weights(first: ExtendConfig, second: ExtendConfig) -> None:
@@ -103,7 +110,7 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, crash_at: int | None = None) -> None:
         self.indices: list[int] = []
-        sequences, trainer = extend_module.TrainingSequences, extend_module.LongGenTrainer
+        sequences, trainer = TrainingSequences, LongGenTrainer
         get, save = sequences.__getitem__, trainer._save_optimizer_and_scheduler
 
         def recorded(dataset: Any, index: int) -> Any:
@@ -138,7 +145,7 @@ def test_a_crash_while_saving_costs_only_the_steps_since_the_last_checkpoint(
         with pytest.raises(RuntimeError, match="power cut"):
             extend(crashed, say=quiet)
     folder = training_folder(crashed.out)
-    assert (folder / "checkpoint-4" / "model.safetensors").exists()
+    assert (folder / "checkpoint-4" / WEIGHTS / ".metadata").exists()
     assert [entry["step"] for entry in log(crashed)] == [1, 2, 3, 4]
     assert not (Path(crashed.out) / "config.json").exists()
     with open(folder / "log.jsonl", "a") as file:
@@ -176,7 +183,7 @@ def test_a_run_cut_off_while_the_model_was_written_only_writes_it_again(settings
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extend_module, "save_hybrid", stop)
+        patch.setattr(export_module, "save_hybrid", stop)
         with pytest.raises(KeyboardInterrupt):
             extend(cut, say=quiet)
     # The worst moment: all files but the last one, config.json, are in place.
@@ -283,7 +290,8 @@ def test_too_little_memory_is_refused_with_numbers_unless_forced(settings: Setti
 
 @pytest.mark.usefixtures("small_gpu")
 def test_auto_checkpoints_only_where_the_estimate_asks_for_it(settings: Settings) -> None:
-    assert not extend(settings("fits", steps=1), say=quiet)["training"]["gradient_checkpointing"]
+    training = extend(settings("fits", steps=1), say=quiet)["training"]
+    assert training["gradient_checkpointing"] == "off"
 
 
 def test_a_diverged_run_is_no_hybrid(settings: Settings) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,9 @@ from safetensors.torch import load_file
 from longgen.errors import UsageError
 from longgen.train.config import ExtendConfig
 from longgen.train.extend import extend, training_folder
-from tests.processes import run_processes
-from tests.train.extending import extend_twice, extend_wrongly
+from longgen.train.saving import WEIGHTS, mark_whole, newest_checkpoint
+from tests.processes import run_processes, run_until_killed
+from tests.train.extending import extend_and_die, extend_by_sgd, extend_twice, extend_wrongly
 
 Settings = Callable[..., ExtendConfig]
 
@@ -31,8 +34,20 @@ def weights(config: ExtendConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.out) / "model.safetensors")
 
 
-def test_two_processes_share_sequences_and_resume_as_if_never_stopped(settings: Settings) -> None:
-    whole, stopped = (settings(n, context_parallel=2, save_steps=100) for n in ("whole", "stopped"))
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_share_sequences_and_resume_as_if_never_stopped(
+    settings: Settings, sharding: str
+) -> None:
+    whole, stopped = (
+        settings(
+            name,
+            context_parallel=2,
+            sharding=sharding,
+            gradient_checkpointing="selective",
+            save_steps=100,
+        )
+        for name in ("whole", "stopped")
+    )
     results = run_processes(2, extend_twice, whole, stopped)
     assert results[1]["lines"] == []
     assert "resuming from checkpoint-3" in results[0]["lines"]
@@ -41,6 +56,7 @@ def test_two_processes_share_sequences_and_resume_as_if_never_stopped(settings: 
         assert [record["finished"] for record in result["records"]] == [True, False, True]
         assert [record["training"]["step"] for record in result["records"]] == [6, 3, 6]
     assert results[0]["records"][0]["processes"] == 2
+    assert results[0]["records"][0]["training"]["sharding"] == sharding
 
     steps = [(entry["step"], entry["loss"]) for entry in log(whole)]
     assert [(entry["step"], entry["loss"]) for entry in log(stopped)] == steps
@@ -63,6 +79,62 @@ def test_two_processes_share_sequences_and_resume_as_if_never_stopped(settings: 
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
     held = [np.load(training_folder(config.out) / "heldout.npy") for config in (alone, whole)]
     assert np.array_equal(*held)
+
+
+def assert_near(config: ExtendConfig, other: ExtendConfig) -> None:
+    """See that two runs by SGD had the same losses and made the same weights, but for rounding."""
+    one, two = log(config), log(other)
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
+    for line, same in zip(one, two, strict=True):
+        assert line["loss"] == pytest.approx(same["loss"], rel=1e-6)
+    first, second = weights(config), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert (tensor - second[name]).abs().max() <= 1e-6 * second[name].abs().max(), name
+
+
+def test_a_run_of_four_killed_while_it_saves_goes_on_with_two_or_one(settings: Settings) -> None:
+    alone, four = (
+        settings(name, sharding="fsdp", gradient_checkpointing="full") for name in ("one", "four")
+    )
+    four = replace(four, context_parallel=2)
+    extend_by_sgd(0, alone)
+    codes = run_until_killed(4, extend_and_die, four, 4)
+    assert codes == [-signal.SIGKILL] * 4
+    folder = training_folder(four.out)
+    # Weights are whole and the optimizer is not: such a checkpoint does not count.
+    assert (folder / "checkpoint-4" / WEIGHTS / ".metadata").is_file()
+    assert newest_checkpoint(folder) == (folder / "checkpoint-2", [folder / "checkpoint-4"])
+    copy = replace(four, out=four.out + "-copy", context_parallel=1)
+    shutil.copytree(four.out, copy.out)
+
+    records = run_processes(2, extend_by_sgd, four, True)
+    assert [record["finished"] for record in records] == [True, True]
+    assert_near(four, alone)
+    assert extend_by_sgd(0, copy, True)["finished"]
+    assert_near(copy, alone)
+
+
+def test_a_run_of_one_goes_on_with_two_that_share_the_model(
+    settings: Settings,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = str(make_checkpoint(tmp_path / "tied", tie_word_embeddings=True))
+    whole, begun = (settings(name, model=base) for name in ("whole", "begun"))
+    extend_by_sgd(0, whole)
+
+    def cut(*args: Any) -> None:
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        # Right after the mark of the first checkpoint.
+        patch.setattr("longgen.train.trainer.mark_whole", lambda *args: mark_whole(*args) or cut())
+        with pytest.raises(RuntimeError):
+            extend_by_sgd(0, begun)
+    run_processes(2, extend_by_sgd, replace(begun, sharding="fsdp"), True)
+    assert_near(begun, whole)
 
 
 def test_what_processes_cannot_share_is_refused(settings: Settings) -> None:

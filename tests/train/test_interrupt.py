@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import longgen
 from longgen.train.config import ExtendConfig
 from longgen.train.extend import extend, training_folder
+from longgen.train.saving import OPTIMIZER, WEIGHTS
 
 Settings = Callable[..., ExtendConfig]
 
@@ -114,7 +115,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_the_steps_since_the_last_who
     _, err = process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL, err
     cut_off = training_folder(killed.out) / "checkpoint-4"
-    assert (cut_off / "model.safetensors").exists() and not (cut_off / "optimizer.pt").exists()
+    assert (cut_off / WEIGHTS / ".metadata").exists() and not (cut_off / OPTIMIZER).exists()
 
     lines: list[str] = []
     assert extend(killed, resume=True, say=lines.append)["finished"]

@@ -19,13 +19,8 @@ from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.config import ExtendConfig
 from longgen.train.extend import extend
-from longgen.train.trainer import (
-    WHOLE,
-    LongGenTrainer,
-    Progress,
-    TrainingSequences,
-    newest_checkpoint,
-)
+from longgen.train.saving import WHOLE, newest_checkpoint
+from longgen.train.trainer import LongGenTrainer, Progress, TrainingSequences
 
 CONTEXT = 96
 # Documents in each of four sequences, and how many positions at the end are padding.

@@ -6,6 +6,7 @@ import typer
 
 from longgen.cli.bench.attention import attention
 from longgen.cli.bench.inference import inference
+from longgen.cli.bench.train import train
 
 bench = typer.Typer(
     no_args_is_help=True, help="Measure speed on this machine, beside what else does the same."
@@ -19,3 +20,4 @@ def _bench() -> None:
 
 bench.command()(attention)
 bench.command()(inference)
+bench.command()(train)

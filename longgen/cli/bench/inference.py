@@ -9,12 +9,15 @@ import typer
 from rich.table import Table
 
 from longgen.cli.bench.shared import (
+    SHORTEST,
     DtypeOption,
     SeedOption,
     ask_for_gpu,
     choose_dtype,
     draw,
     open_results,
+    parse_lengths,
+    refuse_two_models,
     refuse_unknown,
     run_to_end,
     say_ceiling,
@@ -46,7 +49,6 @@ if TYPE_CHECKING:
 
 _LENGTHS = (32768, 131072)
 _QUICK_DECODE_TOKENS = 8
-_SHORTEST = 2
 
 
 def inference(
@@ -161,17 +163,8 @@ def inference(
         head_shift=head_shift,
         full_layers=full_layers,
     )
-    if model is not None and shape is not None:
-        raise UsageError(
-            f"Both the model {model} and --shape {shape} were given; leave one of them out."
-        )
-    if model is not None and model.lower() in SHAPES and not Path(model).is_dir():
-        raise UsageError(f"{model} names a shape, which has no weights; write --shape {model}.")
-    if model is None and shape is None and not quick:
-        raise UsageError("Give the folder of a checkpoint, or --shape NAME for random weights.")
-    if shape is not None and shape.lower() not in SHAPES:
-        raise UsageError(f"The shape {shape!r} is not known; choose from {', '.join(SHAPES)}.")
-    chosen_lengths = _lengths(lengths)
+    refuse_two_models(model, shape, quick=quick)
+    chosen_lengths = parse_lengths(lengths)
     chosen_batches = _batches(batches)
     chunk = parse_tokens(prefill_chunk)
     found = load_shape(model) if model is not None else None
@@ -230,16 +223,6 @@ def inference(
         _print_tables(run)
         if file:
             stdout_console().print(f"Results are in {file.path.parent}")
-
-
-def _lengths(text: str | None) -> tuple[int, ...] | None:
-    parts = split_list(text)
-    if parts is None:
-        return None
-    lengths = tuple(parse_tokens(part) for part in parts)
-    if not lengths or min(lengths) < _SHORTEST:
-        raise UsageError(f"--lengths is {text!r}; give at least one length of 2 tokens or more.")
-    return lengths
 
 
 def _batches(text: str | None) -> tuple[int | str, ...] | None:
@@ -327,7 +310,7 @@ def _settings(
         variants=variants or DEFAULT_VARIANTS,
         batches=batches or ((1, 2) if quick else (1, 4, MOST)),
         decode_tokens=decode_tokens,
-        prefill_chunk=min(prefill_chunk, max(_SHORTEST, min(lengths) // 4))
+        prefill_chunk=min(prefill_chunk, max(SHORTEST, min(lengths) // 4))
         if quick and device.type != "cuda"
         else prefill_chunk,
         dtype=dtype,

@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longgen.cli.console import three_figures
+from longgen.cli.options import parse_tokens
 from longgen.errors import UsageError
+from longgen.shapes import SHAPES
 
 if TYPE_CHECKING:
     import torch
 
     from longgen.bench.save import ResultsFile
     from longgen.bench.timing import Ceiling
+
+# Tokens of the shortest sequence that says anything.
+SHORTEST = 2
 
 DtypeOption = Annotated[
     str | None,
@@ -28,6 +33,39 @@ DtypeOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of inputs and samples.")]
+
+
+def refuse_two_models(model: str | None, shape: str | None, *, quick: bool) -> None:
+    """Refuse a folder and a shape at once, neither of them, and a shape in place of a folder.
+
+    Raises:
+        UsageError: if so, or the shape is not known.
+    """
+    if model is not None and shape is not None:
+        raise UsageError(
+            f"Both the model {model} and --shape {shape} were given; leave one of them out."
+        )
+    if model is not None and model.lower() in SHAPES and not Path(model).is_dir():
+        raise UsageError(f"{model} names a shape, which has no weights; write --shape {model}.")
+    if model is None and shape is None and not quick:
+        raise UsageError("Give the folder of a checkpoint, or --shape NAME for random weights.")
+    if shape is not None and shape.lower() not in SHAPES:
+        raise UsageError(f"The shape {shape!r} is not known; choose from {', '.join(SHAPES)}.")
+
+
+def parse_lengths(text: str | None) -> tuple[int, ...] | None:
+    """Return the lengths that --lengths lists; None is none given.
+
+    Raises:
+        UsageError: if there is none in it, or one too short.
+    """
+    parts = split_list(text)
+    if parts is None:
+        return None
+    lengths = tuple(parse_tokens(part) for part in parts)
+    if not lengths or min(lengths) < SHORTEST:
+        raise UsageError(f"--lengths is {text!r}; give at least one length of 2 tokens or more.")
+    return lengths
 
 
 def split_list(text: str | None) -> tuple[str, ...] | None:
@@ -69,7 +107,13 @@ def ask_for_gpu(device: torch.device, *, quick: bool, instead: str) -> None:
 
 
 def open_results(
-    out: str | None, name: str, *, seed: int, device: torch.device, packages: Sequence[str] = ()
+    out: str | None,
+    name: str,
+    *,
+    seed: int,
+    device: torch.device,
+    packages: Sequence[str] = (),
+    gpus: int | None = None,
 ) -> ResultsFile | None:
     """Return the results file in the folder that --out names; None without one.
 
@@ -87,6 +131,7 @@ def open_results(
         seed=seed,
         device=device,
         packages=packages,
+        gpus=gpus,
     )
     file.check()
     return file

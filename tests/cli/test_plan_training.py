@@ -1,0 +1,141 @@
+"""`longgen plan --train`: figures, recipes, bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longgen.cli.training_plan import parse_budget
+from longgen.errors import UsageError
+from longgen.gpus import Gpu, GpuGroup, parse_gpus
+from longgen.pattern import SparsePattern
+from longgen.plan import LayerPlan
+from longgen.shapes import SHAPES
+from longgen.training_memory import training_memory
+from longgen.training_setup import TrainingSetup
+from longgen.training_time import training_time
+
+LLAMA = SHAPES["llama-2-7b"]
+PAPER = LayerPlan.build(32, "middle:12", SparsePattern.attention_sink())
+LENGTH = 131072
+COMMAND = ("plan", "llama-2-7b", "--full-layers", "middle:12", "--pattern", "attention-sink")
+EIGHT = (*COMMAND, "--train", "--gpus", "8xH100", "--context-parallel", "8")
+
+
+def test_json_has_the_estimate_by_part(run: Callable[..., Any]) -> None:
+    result = run(*EIGHT, "--batch-tokens", "4M", "--tokens", "1B", "--price", "2", "--json")
+    assert result.code == 0, result.err
+    shown = result.json["training"]
+    setup = TrainingSetup(gpus=8, context_parallel=8, checkpointing="selective")
+    memory = training_memory(LLAMA, LENGTH, setup, PAPER)
+    assert shown["memory_per_gpu"]["parts"] == memory.parts
+    assert shown["memory_per_gpu"]["phases"] == memory.phases
+    assert shown["memory_per_gpu"]["fits"] is True
+    step = training_time(LLAMA, PAPER, LENGTH, parse_gpus("8xH100"), setup, 32)
+    assert step is not None
+    assert shown["step"]["seconds"] == step.seconds and shown["step"]["parts"] == step.parts
+    assert shown["step"]["sent_bytes_per_gpu"]["context"] == step.messages.context
+    assert shown["step"]["tokens_per_second_per_gpu"] == step.tokens_per_second / 8
+    budget = shown["budget"]
+    assert budget["gpu_hours"] == step.gpu_hours(10**9) and budget["steps"] == 239
+    assert budget["cost"] == 2 * budget["gpu_hours"]
+    assert budget["gpu_hours_all_full"] > budget["gpu_hours"]
+    # Everything does not fit, attention's outputs do.
+    assert shown["setup"]["checkpointing"] == "selective"
+    everything = replace(setup, checkpointing="off")
+    assert training_memory(LLAMA, LENGTH, everything, PAPER).total > 80 << 30
+
+
+def test_text_says_the_same_figures_within_80_columns(run: Callable[..., Any]) -> None:
+    text = run(*EIGHT, "--price", "2.5").out
+    assert max(map(len, text.splitlines())) <= 80
+    for part in (
+        "131,072 tokens a step, 8 GPUs share a sequence",
+        "checkpointing selective, sharding fsdp",
+        "Memory per GPU",
+        "Adam moments, fp32",
+        "one layer computed again",
+        "the peak is in the backward of a layer",
+        "GPU-hours for 5B tokens",
+        "with all layers full",
+        "Cost at 2.5 a GPU-hour",
+        "Sent by a GPU a step (context)",
+    ):
+        assert part in text
+    assert "Serving" not in text
+    offloaded = run(*EIGHT, "--checkpointing", "full", "--offload", "--no-compile").out
+    assert "kept in host memory" in offloaded and "not compiled" in offloaded
+    assert "Host memory per GPU" in offloaded
+
+
+def test_a_recipe_is_planned_and_the_command_line_overrides_it(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'model = "llama-3-8b"\ncontext = 65536\nfull_layers = "middle:8"\nsteps = 10\n'
+        "batch_tokens = 524288\ncontext-parallel = 2\ngradient_checkpointing = 'on'\n"
+        "compile = 'off'\nblock_size = 64\nlearning_rate = 1e-5\n"
+    )
+    found = run("plan", "--recipe", recipe, "--gpus", "4xH200", "--json").json
+    assert found["model"]["name"] == "llama-3-8b" and found["context"] == 65536
+    assert found["layers"].count("F") == 8 and found["pattern"]["block_size"] == 64
+    training = found["training"]
+    assert training["batch_tokens"] == 524288 and training["budget"]["tokens"] == 5242880
+    setup = training["setup"]
+    assert (setup["context_parallel"], setup["checkpointing"]) == (2, "full")
+    assert setup["compile"] is False and setup["gpus"] == 4
+    other = ("--context-parallel", 4, "--checkpointing", "off", "--full-layers", "top:4")
+    found = run("plan", "--recipe", recipe, "--gpus", "4xH200", "--json", *other).json
+    setup = found["training"]["setup"]
+    assert (setup["context_parallel"], setup["checkpointing"]) == (4, "off")
+    assert found["layers"].endswith("FFFF") and found["pattern"]["block_size"] == 64
+    # Another model, with the recipe's settings.
+    found = run("plan", "qwen3-8b", "--recipe", recipe, "--gpus", "4xH200", "--json").json
+    assert found["model"]["name"] == "qwen3-8b" and found["context"] == 65536
+
+
+def test_a_card_that_is_not_known_has_memory_and_no_speed(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = GpuGroup(1, Gpu(name="Own Card", memory_bytes=1 << 40))
+    monkeypatch.setattr("longgen.cli.options.machine_gpus", lambda: own)
+    result = run(*COMMAND, "--train")
+    assert result.code == 0
+    assert "no estimate" in result.out and "Memory per GPU" in result.out
+    assert run(*COMMAND, "--train", "--json").json["training"]["step"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((*COMMAND, "--price", "2"), "--price say how to train; add --train"),
+        (("plan", "--train"), "Give MODEL, the folder of a checkpoint or one of llama-2-7b"),
+        ((*COMMAND, "--train", "--gpus", "4xH100", "--context-parallel", "3"), "groups of 3"),
+        ((*EIGHT, "--batch-tokens", "100K"), "--batch-tokens is 102,400; give a multiple"),
+        ((*EIGHT, "--checkpointing", "some"), "--checkpointing is 'some'; choose from auto, off"),
+        ((*EIGHT, "--sharding", "zero"), "sharding is 'zero'; choose from auto, fsdp, ddp"),
+        ((*EIGHT, "--tokens", "lots"), "--tokens is 'lots'"),
+        (("plan", "--recipe", "no-such.toml"), "no-such.toml cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    refused: Callable[..., str], arguments: tuple[object, ...], words: str
+) -> None:
+    assert words in refused(*arguments)
+
+
+def test_budgets_are_decimal() -> None:
+    assert [parse_budget(text) for text in ("5B", "1.5m", "300", "2T")] == [
+        5 * 10**9,
+        1_500_000,
+        300,
+        2 * 10**12,
+    ]
+    for text in ("", "0", "-1", "5G", "0.1"):
+        with pytest.raises(UsageError, match="5B or 300M"):
+            parse_budget(text)
