@@ -20,6 +20,7 @@ from longgen.train import extend as extend_module
 from longgen.train.config import ExtendConfig
 from longgen.train.data import DATA
 from longgen.train.extend import HELDOUT, extend, training_folder
+from longgen.train.trainer import LongGenTrainer
 
 
 def quiet(line: str) -> None:
@@ -47,7 +48,7 @@ def packed(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> Callable[..., P
 
 def interrupted(config: ExtendConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run until the checkpoint of a step, which a power cut takes."""
-    save = extend_module.LongGenTrainer._save_optimizer_and_scheduler
+    save = LongGenTrainer._save_optimizer_and_scheduler
 
     def crash(this: Any, folder: Any) -> None:
         if this.state.global_step == step:
@@ -55,7 +56,7 @@ def interrupted(config: ExtendConfig, step: int, monkeypatch: pytest.MonkeyPatch
         save(this, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(extend_module.LongGenTrainer, "_save_optimizer_and_scheduler", crash)
+        patch.setattr(LongGenTrainer, "_save_optimizer_and_scheduler", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             extend(config, say=quiet)
 
