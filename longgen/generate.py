@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from longgen.engine import Engine, SamplingParams
 from longgen.engine.text import IncrementalDetokenizer, StopStrings
 from longgen.errors import UsageError
-from longgen.hf import cache_bytes
+from longgen.hf import CACHE_NAME, cache_bytes
 from longgen.runtime import ENGINE, runtime_of
 
 Figures = dict[str, Any]
@@ -216,8 +216,8 @@ def _by_transformers(
         "text": writer.text,
         "finish_reason": writer.finish_reason,
         "new_tokens": len(writer.times),
-        "cached_tokens": output.past_key_values.get_seq_length(),
-        "kv_bytes": cache_bytes(output.past_key_values),
+        "cached_tokens": getattr(output, CACHE_NAME).get_seq_length(),
+        "kv_bytes": cache_bytes(getattr(output, CACHE_NAME)),
         **_times(began, writer.times),
     }
 

@@ -16,7 +16,7 @@ from longgen.engine import SamplingParams
 from longgen.engine import engine as engine_module
 from longgen.errors import UsageError
 from longgen.generate import generate_text
-from longgen.hf import HybridCache
+from longgen.hf import CACHE_NAME, HybridCache
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 
@@ -52,7 +52,7 @@ class Scripted:
                     assert bool(stops(torch.cat([written, written[:, :1]], 1), None))
                 break
         cache = HybridCache(LayerPlan("SF", SparsePattern()))
-        return SimpleNamespace(sequences=written, past_key_values=cache)
+        return SimpleNamespace(sequences=written, **{CACHE_NAME: cache})
 
 
 @pytest.fixture

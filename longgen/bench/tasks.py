@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from longgen.engine import Engine, SamplingParams
 from longgen.engine.request import State
 from longgen.evaluate.reading import PAGE_SIZE, Held, write_tokens
-from longgen.hf import cache_bytes
+from longgen.hf import CACHE_NAME, cache_bytes
 
 _NOISE_SIZE = 1 << 24
 
@@ -105,7 +105,7 @@ class StockPrefill:
     @torch.inference_mode()
     def read(self) -> None:
         out = self.model(input_ids=self.ids, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+        self.cache = getattr(out, CACHE_NAME)
         _check_finite(out.logits)
 
     def held(self) -> Held:
@@ -141,9 +141,8 @@ class StockDecode:
 
     @torch.inference_mode()
     def write(self) -> None:
-        out = self.model(
-            input_ids=self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
+        held = {CACHE_NAME: self.cache}
+        out = self.model(input_ids=self.tokens, use_cache=True, logits_to_keep=1, **held)
         # The token is needed on the host, to be shown: as the engine does.
         self.tokens = out.logits[:, -1].argmax(-1, keepdim=True)
         _check_finite(out.logits)

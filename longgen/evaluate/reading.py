@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from longgen.engine import Engine, RequestOutput, SamplingParams
-from longgen.hf import cache_bytes
+from longgen.hf import CACHE_NAME, cache_bytes
 
 PAGE_SIZE = 128
 
@@ -135,9 +135,9 @@ class TransformersPrefill:
         return Held(sequence=sequence, each=sequence, allocated=sequence)
 
     def _forward(self, ids: torch.Tensor) -> None:
-        self.cache = self.model(
-            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        ).past_key_values
+        held = {CACHE_NAME: self.cache}
+        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **held)
+        self.cache = getattr(output, CACHE_NAME)
 
 
 def write_tokens(engine: Engine, number: int) -> None:

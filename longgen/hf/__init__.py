@@ -1,7 +1,7 @@
 """Hugging Face transformers integration; importing it registers the LongGen model types with the
 Auto classes."""
 
-from longgen.hf.cache import HybridCache, SparseLayer, cache_bytes
+from longgen.hf.cache import CACHE_NAME, HybridCache, SparseLayer, cache_bytes
 from longgen.hf.families import (
     CONFIG_CLASSES,
     FAMILIES,
@@ -22,6 +22,7 @@ from longgen.hf.families import (
 from longgen.hf.head import LMHead, linear_cross_entropy
 
 __all__ = [
+    "CACHE_NAME",
     "CONFIG_CLASSES",
     "FAMILIES",
     "HybridCache",

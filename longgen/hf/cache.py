@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longgen.errors import UsageError
 from longgen.layout import PADDING, Axis, Layout, axis_length, cached, contiguous, padded
 from longgen.pattern import SparsePattern
 from longgen.plan import SPARSE_LAYER, LayerPlan
+
+# What models' calls and outputs name the cache: transformers 5.24 renamed it.
+CACHE_NAME = (
+    "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
 
 
 class _Rows:

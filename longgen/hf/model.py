@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from longgen.errors import UsageError
 from longgen.hf.attention import LayerLayouts, check_attention_name
-from longgen.hf.cache import HybridCache, cache_layout
+from longgen.hf.cache import CACHE_NAME, HybridCache, cache_layout
 from longgen.hf.context import (
     context_layouts,
     labelled_tokens,
@@ -26,6 +26,13 @@ from longgen.hf.context import (
 from longgen.hf.head import LMHead, shift
 from longgen.layout import Axis, Layout, from_position_ids
 from longgen.parallel import ContextGroup, ContextLayouts
+
+
+def _one_cache(past_key_values: Any, cache: Any) -> Any:
+    """Return the cache, by whichever of its two names it was given."""
+    if past_key_values is not None and cache is not None:
+        raise UsageError("Both past_key_values and cache were given; they are one thing, give one.")
+    return past_key_values if cache is None else cache
 
 
 def left_paddings(attention_mask: torch.Tensor, batch_size: int, length: int) -> tuple[int, ...]:
@@ -132,8 +139,10 @@ class HybridModelMixin(_RefusesOtherAttention):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        past_key_values = _one_cache(past_key_values, cache)
         # The config is shared and can be written to after the model was made.
         check_attention_name(self.config._attn_implementation)
         tokens = inputs_embeds if input_ids is None else input_ids
@@ -195,8 +204,8 @@ class HybridModelMixin(_RefusesOtherAttention):
             position_ids,
             mask,
             layouts,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE_NAME: past_key_values},
             **kwargs,
         )
 
@@ -295,6 +304,7 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model; with labels in training (or `shift_labels` at any time) return the loss
@@ -305,6 +315,7 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
         are never made on the way to a loss; in evaluation mode `labels` give logits and loss as
         usual.
         """
+        kwargs[CACHE_NAME] = _one_cache(past_key_values, cache)
         # Not in the signature: the Trainer would then want both kinds of labels for an eval_loss.
         shift_labels = kwargs.pop("shift_labels", None)
         group = self.model.context_group
@@ -319,7 +330,6 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
@@ -332,7 +342,6 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -345,8 +354,8 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
         loss = self.lm_head(outputs.last_hidden_state, shift_labels, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
         return output.to_tuple() if as_tuple else output
 
@@ -369,5 +378,5 @@ class HybridCausalLMMixin(_RefusesOtherAttention):
                 f'cache_implementation="{generation_config.cache_implementation}" does not know '
                 "the sparse layers. Leave it out: the hybrid cache is used, and it is smaller."
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = HybridCache(self.config)
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache:
+            model_kwargs[CACHE_NAME] = HybridCache(self.config)

@@ -176,9 +176,9 @@ def test_chunked_prefill_never_holds_more_than_kept_and_chunk(
     chunk, length, taken = 16, 500, []
     update = SparseLayer.update
 
-    def spy(layer: SparseLayer, keys: torch.Tensor, *args: Any) -> Any:
+    def spy(layer: SparseLayer, keys: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         held = 0 if layer.keys is None else layer.keys.shape[2]
-        new = update(layer, keys, *args)
+        new = update(layer, keys, *args, **kwargs)
         assert new[0].shape[2] == held + keys.shape[2]
         assert new[0].untyped_storage().nbytes() == new[0].numel() * 4
         taken.append((layer.seen, new[0].shape[2], layer.keys.shape[2]))
@@ -298,6 +298,20 @@ def test_caches_that_do_not_know_the_pattern_are_refused(model: Any, tokens: Mak
     for foreign in (DynamicCache(), ((torch.zeros(1),) * 2,) * 3):
         with pytest.raises(UsageError, match=r"longgen\.hf\.HybridCache"):
             model(tokens(1, 20), past_key_values=foreign)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_goes_by_either_name(hybrid: Any, tokens: Make, name: str) -> None:
+    """transformers 5.24 renamed the argument; with any release both are taken, but not at once."""
+    ids = hybrid.rows[0][None]
+    cache = HybridCache(hybrid.model.config)
+    for part in (hybrid.model, hybrid.model.model):
+        cache.reset()
+        part(ids[:, :50], **{name: cache})
+        assert cache.get_seq_length() == 50
+    hybrid.check("and on", hybrid.model(ids[:, 50:], **{name: cache}).logits[0], start=50)
+    with pytest.raises(UsageError, match="give one"):
+        hybrid.model(ids, past_key_values=cache, cache=cache)
 
 
 def test_mask_sizes_are_those_of_all_tokens(model: Any, tokens: Make) -> None:
