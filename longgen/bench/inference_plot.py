@@ -131,6 +131,8 @@ def _finish_panel(axes: Axes, rows: Rows, ylabel: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     axes.set_yscale("log")
+    # Room for the words beside points that lie close together.
+    axes.margins(y=0.14)
     length_axis(axes, sorted({row["length"] for row in rows}), right=2.2)
     axes.set_ylabel(ylabel)
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -174,7 +176,9 @@ def _panel(
         axes.vlines(x, *zip(*spreads, strict=True), color=colour, linewidth=1)
         if metric != "kv_bytes":
             least = [row["ceiling"] / size for row in line]
-            axes.plot(x, least, color=colour, linewidth=0.9, linestyle=_BROKEN, zorder=1)
+            # Of a single length there is no line to see.
+            dash: dict[str, Any] = {"marker": "_", "markersize": 16} if len(x) == 1 else {}
+            axes.plot(x, least, color=colour, linewidth=0.9, linestyle=_BROKEN, zorder=1, **dash)
         ends.append((x[-1], y[-1], say(line[-1]["value"]), colour))
     if metric != "kv_bytes":
         axes.plot([], color=GREY, linewidth=0.9, linestyle=_BROKEN, label=_CEILING)
