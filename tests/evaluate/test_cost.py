@@ -10,6 +10,7 @@ from longgen.engine import engine as engine_module
 from longgen.errors import UsageError
 from longgen.evaluate import cost
 from longgen.evaluate.cost import Cost, measure_cost
+from longgen.hf import CACHE_NAME
 
 BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head size, float32
 
@@ -20,7 +21,7 @@ def watched(model: LlamaForCausalLM, limit: int = 10**9, text: str = "") -> Iter
     sizes: list[int] = []
 
     def watch(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        cache, new = kwargs["past_key_values"], kwargs["input_ids"].shape[1]
+        cache, new = kwargs[CACHE_NAME], kwargs["input_ids"].shape[1]
         assert not module.training
         if new + (cache.get_seq_length() if cache else 0) > limit:
             raise RuntimeError(text) if text else torch.OutOfMemoryError("CUDA out of memory.")
