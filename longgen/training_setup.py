@@ -50,7 +50,7 @@ class TrainingSetup:
         if self.context_parallel < 1 or self.gpus % self.context_parallel:
             raise UsageError(
                 f"{self.gpus} GPUs do not divide into groups of {self.context_parallel} that share "
-                "a sequence; change the number of GPUs or context_parallel."
+                "a sequence; change the number of GPUs (--gpus 8xH100, say) or context_parallel."
             )
 
     @property
