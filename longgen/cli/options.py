@@ -51,7 +51,7 @@ GpusOption = Annotated[
         "--gpus",
         metavar="COUNTxCARD",
         help=f"GPUs to plan for, such as 8xH100. Cards: {', '.join(CATALOGUE)}. "
-        "[default: this machine's, or 1xH100]",
+        "[default: this machine's, or an H100; as many as share a sequence]",
     ),
 ]
 JsonOption = Annotated[
@@ -250,8 +250,14 @@ def parse_tokens(text: str) -> int:
     return tokens
 
 
-def resolve_gpus(text: str | None) -> GpuGroup:
-    """Return the GPUs that --gpus names, else this machine's, else one H100."""
+def resolve_gpus(text: str | None, *, at_least: int = 1) -> GpuGroup:
+    """Return the GPUs that --gpus names, else this machine's, else H100s.
+
+    Args:
+        text: what --gpus says.
+        at_least: where it says nothing, plan for this many of the card even if there are fewer.
+    """
     if text is not None:
         return parse_gpus(text)
-    return machine_gpus() or parse_gpus("1xH100")
+    found = machine_gpus() or parse_gpus("1xH100")
+    return replace(found, count=max(found.count, at_least))

@@ -135,9 +135,11 @@ def plan(
     shape = load_shape(model)
     length = parse_tokens(context or "128K")
     layers = resolve_plan(shape, length, options, allow_hybrid=True)
-    cards = resolve_gpus(gpus)
+    is_training = train or recipe is not None
+    # GPUs that share a sequence are the fewest that a run takes.
+    cards = resolve_gpus(gpus, at_least=(training.context_parallel or 1) if is_training else 1)
     figures = plan_figures(model, shape, layers, length, batch, cards)
-    if train or recipe is not None:
+    if is_training:
         figures["training"] = training_figures(shape, layers, length, batch, cards, training)
     if json:
         print_json(figures)

@@ -99,6 +99,23 @@ def test_a_recipe_is_planned_and_the_command_line_overrides_it(
     assert found["model"]["name"] == "qwen3-8b" and found["context"] == 65536
 
 
+def test_without_gpus_as_many_as_share_a_sequence_are_planned_for(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longgen.cli.options.machine_gpus", lambda: None)
+    recipe = Path(__file__).parents[2] / "recipes/llama2_7b_128k_h100x8.toml"
+    assert run("plan", "--recipe", recipe, "--json").json["gpus"]["count"] == 8
+    shared = (*COMMAND, "--train", "--context-parallel", "4", "--json")
+    assert run(*shared).json["gpus"]["count"] == 4
+    assert run(*COMMAND, "--train", "--json").json["gpus"]["count"] == 1
+    # A machine with more of them is planned for as it is, and one with fewer as if it had enough.
+    own = parse_gpus("8xH200")
+    monkeypatch.setattr("longgen.cli.options.machine_gpus", lambda: own)
+    assert run(*shared).json["gpus"] == run(*shared, "--gpus", "8xH200").json["gpus"]
+    own = parse_gpus("1xH200")
+    assert run(*shared).json["gpus"] == run(*shared, "--gpus", "4xH200").json["gpus"]
+
+
 def test_a_card_that_is_not_known_has_memory_and_no_speed(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
