@@ -213,6 +213,8 @@ class Progress(TrainerCallback):
         # The signal may have come in the middle of another line's output.
         with suppress(RuntimeError):
             self.say("stopping after this step and saving; Ctrl-C again stops at once, unsaved")
+            if self.processes.count > 1:
+                self.say("(torchrun may kill the run before that, by default after 30 s)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         # The signal reaches processes in different steps; they must stop in the same one.
