@@ -110,8 +110,9 @@ def attention(
             do the work.
     """
     pattern = pattern or SparsePattern.full()
+    _check_tensors(q, k, v, impl)
     layout = layout or Layout.causal(q.shape[1], k.shape[1])
-    _check(q, k, v, layout, impl)
+    _check_layout(q, k, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
         impl = _auto(q, k, v, pattern, layout, head_offset, return_lse)
@@ -188,7 +189,7 @@ def _announce(impl: str, pattern: SparsePattern, q: torch.Tensor, obstacle: str 
         logger.info("attention (%s) on %s: %s%s", pattern, q.device.type, impl, note)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, impl: str) -> None:
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, impl: str) -> None:
     if impl not in IMPLEMENTATIONS:
         raise UsageError(
             f"There is no attention implementation {impl!r}; choose from {IMPLEMENTATIONS}."
@@ -202,11 +203,21 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, im
         raise UsageError(
             f"q, k and v must have one dtype; they are {q.dtype}, {k.dtype}, {v.dtype}."
         )
+    if not q.dtype.is_floating_point:
+        raise UsageError(f"q, k and v must be of floating point; they are {q.dtype}.")
+    if 0 in (*q.shape[1:], *k.shape[1:]):
+        raise UsageError(
+            "q and k need at least one token, one head and a head size; they are "
+            f"{tuple(q.shape)} and {tuple(k.shape)}."
+        )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise UsageError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch and head size, "
             "with query heads a multiple of key/value heads."
         )
+
+
+def _check_layout(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> None:
     if layout.num_queries != q.shape[1] or layout.num_keys != k.shape[1]:
         raise UsageError(
             f"The layout describes {layout.num_queries} queries and {layout.num_keys} keys, "

@@ -98,7 +98,14 @@ def _attend(
             scores = (chunk @ keys.transpose(-1, -2)).to(_at_least_fp32(q.dtype)) * scale
             lse = torch.logsumexp(scores.masked_fill(~(mask | ~seen), float("-inf")), -1)
             sums.append(lse.masked_fill(~seen[..., 0], float("-inf")))
-    return torch.cat(outputs, 2), torch.cat(sums, 2) if return_lse else None
+    output, all_sums = torch.cat(outputs, 2), torch.cat(sums, 2) if return_lse else None
+    if not any(_chunks(pattern, layout, row, key_head, head)):
+        # Nothing was attended to; gradients are zeros all the same, not missing.
+        everywhere = torch.ones((), dtype=torch.bool, device=q.device)
+        nothing = torch.stack([x.masked_fill(everywhere, 0.0).sum() for x in (q, k, v)]).sum()
+        output = output + nothing
+        all_sums = None if all_sums is None else all_sums + nothing
+    return output, all_sums
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

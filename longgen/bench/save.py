@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -42,13 +43,18 @@ class ResultsFile:
         self.device, self.packages, self.gpus = device, tuple(packages), gpus
 
     def check(self) -> None:
-        """Refuse a place that holds something else than results of the same benchmark.
+        """Refuse a place that holds something else than results of the same benchmark, or where no
+        folder can be.
 
         Raises:
             UsageError: if it does.
         """
-        if self.path.parent.exists() and not self.path.parent.is_dir():
-            raise UsageError(f"The output {self.path.parent} is a file; give a folder with --out.")
+        folder = self.path.parent
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        if not there.is_dir():
+            raise UsageError(f"The output {there} is a file; give a folder with --out.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UsageError(f"Nothing can be written to {there}; give another folder with --out.")
         if self.path.exists() and read_results(self.path).get("name") != self.name:
             raise UsageError(
                 f"{self.path} holds something else than results of this benchmark. Give another "

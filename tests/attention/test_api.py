@@ -119,6 +119,16 @@ def test_fewer_keys_than_queries_are_refused() -> None:
         attention(tensor(1, 5, 2, 8), tensor(1, 4, 2, 8), tensor(1, 4, 2, 8))
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference", "blocked", "flex"])
+def test_nothing_to_attend_with_is_refused(impl: str) -> None:
+    some, no_heads, no_tokens = tensor(1, 5, 2, 8), tensor(1, 5, 0, 8), tensor(1, 0, 2, 8)
+    for q, k in ((some, no_heads), (no_heads, some), (no_tokens, some), (no_tokens, no_tokens)):
+        with pytest.raises(UsageError, match="at least one token, one head"):
+            attention(q, k, k, impl=impl)
+    with pytest.raises(UsageError, match=r"floating point; they are torch\.int32"):
+        attention(some.int(), some.int(), some.int(), impl=impl)
+
+
 @pytest.mark.parametrize("impl", ["flash3", "", "dense", "Reference"])
 def test_an_unknown_implementation_is_refused(impl: str) -> None:
     with pytest.raises(UsageError) as error:

@@ -188,6 +188,17 @@ def test_padding_gives_zeros_and_takes_no_gradient(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["full", "strided"])
+def test_nothing_but_padding_has_gradients_of_zero(name: str, impl: str) -> None:
+    layout = Layout.of_rows([padded(70, 0, 70)] * 2)
+    q, k, v = (x.requires_grad_() for x in random_inputs(70, batch=2)[:3])
+    out, lse = attention(q, k, v, pattern=PATTERNS[name], layout=layout, impl=impl, return_lse=True)
+    assert not out.any() and bool((lse == float("-inf")).all())
+    for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", ["sink", "strided", "both"])
 def test_heads_in_two_halves_equal_all_at_once(
     layout_mask: LayoutMask, name: str, impl: str

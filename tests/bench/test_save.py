@@ -43,3 +43,13 @@ def test_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         results_file(tmp_path / "file").check()
+    with pytest.raises(UsageError, match=r"file is a file"):
+        results_file(tmp_path / "file" / "inside").check()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda place, mode: Path(place) != tmp_path)
+    with pytest.raises(UsageError, match="Nothing can be written"):
+        results_file(tmp_path / "new" / "newer").check()
