@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from longgen.engine.cache import EngineCache
-from longgen.engine.kernels import decode_attention, store_tokens
+from longgen.engine.kernels import Places, decode_attention, store_tokens
+from longgen.engine.linear import Rotary, rotate_and_store
 from longgen.engine.slots import SlotGeometry
 
 
@@ -117,16 +118,60 @@ class DecodeBatch:
             (N, H, D).
         """
         cache = self.cache
-        keys, values = cache.keys[layer], cache.values[layer]
         scales = None if cache.scales is None else cache.scales[layer]
-        store_scales = scales
         if scales is None or not cache._has_scales[layer]:
             # The first tokens of a layer set its scales.
             k, v = cache.encode(layer, k, v)
-            store_scales = None
-        if cache.plan.layers[layer] == "F":
+            scales = None
+        places = self._target(layer)._asdict()
+        store_tokens(cache.keys[layer], cache.values[layer], k, v, **places, scales=scales)
+        return self._attend(layer, q, scale)
+
+    def rotate_and_attend(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        rotary: Rotary,
+        scale: float,
+    ) -> torch.Tensor:
+        """Do as `attend` does, of what a layer's first product gives: `linear.rotate_and_store`
+        says what is what.
+
+        Args:
+            layer: index of a layer; one of an 8 bit cache has its scales.
+            qkv: (N, (H + 2 Hkv) D).
+            rotary: of this layer.
+            scale: factor on the scores.
+
+        Returns:
+            (N, H, D).
+        """
+        cache = self.cache
+        assert cache.scales is None or cache._has_scales[layer]
+        q = rotate_and_store(
+            cache.keys[layer],
+            cache.values[layer],
+            qkv,
+            rotary,
+            num_heads=qkv.shape[1] // cache.keys[layer].shape[3] - 2 * cache.num_heads,
+            places=self._target(layer),
+            scales=None if cache.scales is None else cache.scales[layer],
+        )
+        return self._attend(layer, q, scale)
+
+    def _target(self, layer: int) -> Places:
+        """Return where the new tokens go in a layer."""
+        if self.cache.plan.layers[layer] == "F":
             pages, entries = self._page_and_offset
-            store_tokens(keys, values, k, v, pages=pages, entries=entries, scales=store_scales)
+            return Places(pages, entries)
+        return Places(self.slots, self._places.entries, self._places.moved)
+
+    def _attend(self, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attend with q (N, H, D), the new tokens stored."""
+        cache = self.cache
+        keys, values = cache.keys[layer], cache.values[layer]
+        scales = None if cache.scales is None else cache.scales[layer]
+        if cache.plan.layers[layer] == "F":
             return decode_attention(
                 q,
                 keys,
@@ -136,17 +181,6 @@ class DecodeBatch:
                 lengths=self.lengths,
                 scales=scales,
             )
-        entries, moved, visible = self._places
-        store_tokens(
-            keys,
-            values,
-            k,
-            v,
-            pages=self.slots,
-            entries=entries,
-            moved=moved,
-            scales=store_scales,
-        )
         held = cache.geometry.capacity
         return decode_attention(
             q,
@@ -154,7 +188,7 @@ class DecodeBatch:
             values[:, :held],
             self.slots[:, None],
             scale=scale,
-            visible=visible,
+            visible=self._places.visible,
             scales=scales,
             arrivals=self._arrivals,
         )

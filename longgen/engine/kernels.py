@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Places(NamedTuple):
+    """Hold where one token of each of N sequences goes, as `store_tokens` takes it."""
+
+    pages: torch.Tensor
+    entries: torch.Tensor
+    moved: torch.Tensor | None = None
 
 
 def decode_attention(
@@ -110,6 +118,12 @@ def store_tokens(
 def use_triton(device: torch.device) -> bool:
     """Whether the Triton kernels can run: on NVIDIA GPUs, or under Triton's interpreter."""
     return _HAS_TRITON and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether kernels can be launched while the one ahead still runs, to wait for it themselves
+    (programmatic dependent launch): on NVIDIA GPUs from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _plain(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from longgen.engine import one_token
 from longgen.engine.cache import EngineCache
 from longgen.engine.decode import DecodeBatch, slot_places
 from longgen.engine.sampling import likeliest
@@ -116,6 +117,7 @@ class DecodeRunner:
         self._find_places = (
             torch.compile(slot_places, dynamic=True) if self.capture else slot_places
         )
+        self._one_token = one_token.can_run(model)
         self._buffers: dict[int, _Buffers] = {}
         self._pool: Any = None
 
@@ -154,8 +156,11 @@ class DecodeRunner:
         batch = DecodeBatch(
             self.cache, buffers.lengths, buffers.slots, buffers.tables, self._find_places
         )
-        step = Step(self.cache, [], batch)
-        buffers.logits = run_tokens(self.model, step, buffers.tokens, None)
+        if buffers.size == 1 and self._one_token:
+            buffers.logits = one_token.logits_of(self.model, batch, buffers.tokens)
+        else:
+            step = Step(self.cache, [], batch)
+            buffers.logits = run_tokens(self.model, step, buffers.tokens, None)
         # In the graph: one kernel after the other, the host would launch these ten times slower.
         buffers.likeliest = likeliest(buffers.logits)
 

@@ -6,11 +6,13 @@ keys are put together by whichever program is last to arrive; only many parts ta
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from longgen.engine.kernels import overlaps_launches
 
 # Keys that a program reads at a time, its warps, the blocks that it has under way, and programs a
 # multiprocessor: the fastest of 24 combinations for 131,072 keys on an H200, and of 32 for the
@@ -82,12 +84,16 @@ def _part(
     HAS_SCALES: tl.constexpr,
     WHOLE: tl.constexpr,
     JOINS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
     """One sequence, one key head, one part of its keys: unnormalised output, maximum and sum.
 
     EVEN_PAGES: pages are whole blocks. WHOLE: the part is all, and the result is written. JOINS:
     the last part to be done puts all together.
     """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_key_heads = tl.num_programs(1)
     value_scale = 1.0
@@ -112,6 +118,13 @@ def _part(
         mask=q_mask,
         other=0.0,
     )
+    # Tensor cores don't multiply e4m3 with 16 bits. It fits into fp16, to which the GPU turns it in
+    # one instruction (to bf16 it takes many), and queries do once their size is taken out.
+    IN_HALF: tl.constexpr = (k_ptr.dtype.element_ty == tl.float8e4nv) & (q.dtype == tl.bfloat16)
+    if IN_HALF:
+        size = tl.max(tl.abs(q.to(tl.float32)), 1)
+        size = tl.where(size == 0.0, 1.0, size)
+        q = (q.to(tl.float32) / size[:, None]).to(tl.float16)
     highest = tl.full((GROUP_TILE,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_TILE,), tl.float32)
     out = tl.zeros((GROUP_TILE, DIM_TILE), tl.float32)
@@ -139,6 +152,8 @@ def _part(
             at = row * visible_row + head * visible_head + token
             seen = seen & (tl.load(visible_ptr + at, mask=exists, other=0) != 0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if IN_HALF:
+            scores *= size[:, None]
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         # A part that has seen nothing yet must not subtract infinity from itself.
@@ -245,8 +260,12 @@ def _together(
     DIM_TILE: tl.constexpr,
     SPLIT_TILE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
     """Weigh the parts of one query by what they summed up."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
     key_head, member = head // GROUP, head % GROUP
     num_key_heads = tl.num_programs(1) // GROUP
@@ -305,6 +324,7 @@ def paged_decode(
     num_warps: int | None = None,
     num_stages: int | None = None,
     join_splits: int | None = None,
+    overlaps: bool | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode_attention`.
 
@@ -318,7 +338,10 @@ def paged_decode(
         num_stages: blocks that a program has under way.
         join_splits: with `arrivals`, the most parts that the last program puts together; more take
             a second launch.
+        overlaps: whether kernels may begin before the one ahead is done; None asks the device.
     """
+    overlaps = overlaps_launches(q.device) if overlaps is None else overlaps
+    launch: dict[str, Any] = {"launch_pdl": True} if overlaps else {}
     number, num_heads, head_dim = q.shape
     page_size, num_key_heads = keys.shape[1:3]
     group = num_heads // num_key_heads
@@ -386,8 +409,10 @@ def paged_decode(
         HAS_SCALES=scales is not None,
         WHOLE=splits == 1,
         JOINS=joins,
+        OVERLAPS=overlaps,
         num_warps=tuning.num_warps if num_warps is None else num_warps,
         num_stages=NUM_STAGES if num_stages is None else num_stages,
+        **launch,
     )
     if joins or splits == 1:
         return out
@@ -402,5 +427,7 @@ def paged_decode(
         DIM_TILE=dim_tile,
         SPLIT_TILE=split_tile,
         HAS_SCALES=scales is not None,
+        OVERLAPS=overlaps,
+        **launch,
     )
     return out

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.skipif(
 
 def compile_(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> Any:
     """Compile a kernel for sm_90: all that is neither a pointer nor a constant is a whole number,
-    but for the scale."""
+    but for the scale and what a norm adds."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {}
     for name in kernel.arg_names:
-        number = "fp32" if name == "scale_log2" else "i32"
+        number = "fp32" if name in ("scale_log2", "eps") else "i32"
         signature[name] = "constexpr" if name in constants else pointers.get(name, number)
     source = ASTSource(kernel, signature, constants)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32))
@@ -39,6 +39,50 @@ def test_storing_compiles(kept: str, moves: bool) -> None:
     scaled = kept == "u8"
     constants = {"HEAD_DIM": 96, "DIM_TILE": 128, "HAS_MOVED": moves, "HAS_SCALES": scaled}
     compile_(_store, pointers, constants)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("kept", ["bf16", "u8"])
+def test_rotating_compiles(kept: str, moves: bool) -> None:
+    from longgen.engine.triton_store import _rotate_and_store
+
+    kernel = _rotate_and_store
+    pointers = {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
+    pointers |= {"keys_ptr": f"*{kept}", "values_ptr": f"*{kept}", "scales_ptr": "*fp32"}
+    pointers |= {"page_ptr": "*i64", "entry_ptr": "*i64", "moved_ptr": "*i64"}
+    shape = {"GROUP": 3, "HEAD_DIM": 96, "DIM_TILE": 128, "OVERLAPS": True}
+    features = {"HAS_NORM": moves, "HAS_MOVED": moves, "HAS_SCALES": kept == "u8"}
+    assert "griddepcontrol.wait" in compile_(kernel, pointers, shape | features).asm["ptx"]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_products_compile(overlaps: bool, gated: bool) -> None:
+    """Where kernels overlap, the first weights are read before the wait, and nothing else is."""
+    from longgen.engine.triton_linear import TUNING, _project
+
+    pointers = {name: "*bf16" for name in _project.arg_names if name.endswith("_ptr")}
+    ptx = compile_(
+        _project,
+        pointers,
+        {
+            "K": 11008,
+            "WEIGHTS": 1 if gated else 3,
+            "GATED": gated,
+            "HAS_NORM": True,
+            "HAS_BIAS": not gated,
+            "HAS_RESIDUAL": not gated,
+            "ROWS": TUNING.rows,
+            "BLOCK": TUNING.block,
+            "OVERLAPS": overlaps,
+        },
+    ).asm["ptx"]
+    early, wait, late = ptx.partition("griddepcontrol.wait")
+    assert bool(wait) == overlaps
+    if overlaps:
+        loads = [line for line in early.splitlines() if "ld.global" in line]
+        assert loads and all("evict_first" in line for line in loads)
+        assert "ld.global" in late
 
 
 @pytest.mark.parametrize("splits", ["one", "few", "many"])
@@ -67,7 +111,8 @@ def test_attending_compiles(kept: str, splits: str) -> None:
             "HAS_SCALES": scaled,
             "WHOLE": splits == "one",
             "JOINS": splits == "few",
+            "OVERLAPS": scaled,
         },
     )
     if splits == "many":
-        compile_(_together, pointers, shape | {"HAS_SCALES": scaled})
+        compile_(_together, pointers, shape | {"HAS_SCALES": scaled, "OVERLAPS": scaled})
