@@ -14,7 +14,7 @@ import torch
 
 from longgen.engine.cache import EngineCache
 from longgen.engine.kernels import Places, decode_attention, store_tokens
-from longgen.engine.linear import Rotary, rotate_and_store
+from longgen.engine.linear import Rotary, Seen, rotate_and_attend
 from longgen.engine.slots import SlotGeometry
 
 
@@ -89,6 +89,12 @@ class DecodeBatch:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def prepare(self) -> None:
+        """Find all that layers share now, not when the first of them asks."""
+        for layer in range(len(self.cache.plan.layers)):
+            self._target(layer)
+            self._seen(layer)
+
     @cached_property
     def _page_and_offset(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where the new tokens go in full layers: page (N,) and place in it (N, 1)."""
@@ -125,22 +131,29 @@ class DecodeBatch:
             scales = None
         places = self._target(layer)._asdict()
         store_tokens(cache.keys[layer], cache.values[layer], k, v, **places, scales=scales)
-        return self._attend(layer, q, scale)
+        seen = self._seen(layer)
+        held = slice(seen.held)
+        return decode_attention(
+            q,
+            cache.keys[layer][:, held],
+            cache.values[layer][:, held],
+            seen.tables,
+            scale=scale,
+            lengths=seen.lengths,
+            visible=seen.visible,
+            scales=None if cache.scales is None else cache.scales[layer],
+            arrivals=seen.arrivals,
+        )
 
     def rotate_and_attend(
-        self,
-        layer: int,
-        qkv: torch.Tensor,
-        rotary: Rotary,
-        scale: float,
+        self, layer: int, qkv: torch.Tensor, rotary: Rotary, scale: float
     ) -> torch.Tensor:
-        """Do as `attend` does, of what a layer's first product gives: `linear.rotate_and_store`
-        says what is what.
+        """Do as `attend` does, of what a layer's first product gives.
 
         Args:
             layer: index of a layer; one of an 8 bit cache has its scales.
-            qkv: (N, (H + 2 Hkv) D).
-            rotary: of this layer.
+            qkv: queries, keys and values end to end, (N, (H + 2 Hkv) D).
+            rotary: what queries and keys are turned by.
             scale: factor on the scores.
 
         Returns:
@@ -148,16 +161,17 @@ class DecodeBatch:
         """
         cache = self.cache
         assert cache.scales is None or cache._has_scales[layer]
-        q = rotate_and_store(
+        return rotate_and_attend(
             cache.keys[layer],
             cache.values[layer],
             qkv,
             rotary,
             num_heads=qkv.shape[1] // cache.keys[layer].shape[3] - 2 * cache.num_heads,
             places=self._target(layer),
+            seen=self._seen(layer),
+            scale=scale,
             scales=None if cache.scales is None else cache.scales[layer],
         )
-        return self._attend(layer, q, scale)
 
     def _target(self, layer: int) -> Places:
         """Return where the new tokens go in a layer."""
@@ -166,29 +180,13 @@ class DecodeBatch:
             return Places(pages, entries)
         return Places(self.slots, self._places.entries, self._places.moved)
 
-    def _attend(self, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attend with q (N, H, D), the new tokens stored."""
-        cache = self.cache
-        keys, values = cache.keys[layer], cache.values[layer]
-        scales = None if cache.scales is None else cache.scales[layer]
-        if cache.plan.layers[layer] == "F":
-            return decode_attention(
-                q,
-                keys,
-                values,
-                self.block_tables,
-                scale=scale,
-                lengths=self.lengths,
-                scales=scales,
-            )
-        held = cache.geometry.capacity
-        return decode_attention(
-            q,
-            keys[:, :held],
-            values[:, :held],
+    def _seen(self, layer: int) -> Seen:
+        """Return what the new tokens see in a layer."""
+        if self.cache.plan.layers[layer] == "F":
+            return Seen(self.block_tables, lengths=self.lengths)
+        return Seen(
             self.slots[:, None],
-            scale=scale,
+            held=self.cache.geometry.capacity,
             visible=self._places.visible,
-            scales=scales,
             arrivals=self._arrivals,
         )

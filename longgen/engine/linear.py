@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from longgen.engine.kernels import Places, store_tokens, use_triton
+from longgen.engine.kernels import Places, decode_attention, store_tokens, use_triton
 
 
 class Norm(NamedTuple):
@@ -51,6 +51,17 @@ class Rotary(NamedTuple):
             q, k = self.q_norm.apply(q), self.k_norm.apply(k)
         cos, sin = self.cos[:, None], self.sin[:, None]
         return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+
+
+class Seen(NamedTuple):
+    """Hold what one token of each of N sequences sees, as `kernels.decode_attention` takes it;
+    `held` is how much of each page counts, None all of it."""
+
+    tables: torch.Tensor
+    held: int | None = None
+    lengths: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
+    arrivals: torch.Tensor | None = None
 
 
 def project(
@@ -105,7 +116,7 @@ def project_gated(
     return F.silu(F.linear(x, gate)) * F.linear(x, up)
 
 
-def rotate_and_store(
+def rotate_and_attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     qkv: torch.Tensor,
@@ -113,9 +124,11 @@ def rotate_and_store(
     *,
     num_heads: int,
     places: Places,
+    seen: Seen,
+    scale: float,
     scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotate queries and keys of one token a sequence, and store keys and values.
+    """Rotate queries and keys of one token a sequence, store keys and values, and attend.
 
     Args:
         keys: (pages, P, Hkv, D), written to.
@@ -123,22 +136,37 @@ def rotate_and_store(
         qkv: queries, keys and values end to end, (N, (H + 2 Hkv) D).
         rotary: what queries and keys are turned by.
         num_heads: H.
-        places: where the tokens go.
-        scales: factors (2, Hkv) of an e4m3 cache (`kernels.store_tokens`).
+        places: where the new tokens go. Rows of no sequence have places that none sees.
+        seen: what they see, themselves included: if it has lengths, the last place that these count
+            is the one that `places` says.
+        scale: factor on the scores.
+        scales: factors (2, Hkv) of an e4m3 cache.
 
     Returns:
-        The queries, rotated, (N, H, D).
+        (N, H, D) in the dtype of `qkv`.
     """
     if use_triton(qkv.device):
-        from longgen.engine import triton_store
+        from longgen.engine import triton_decode
 
-        return triton_store.rotate_and_store(keys, values, qkv, rotary, num_heads, places, scales)
+        return triton_decode.rotate_and_attend(
+            keys, values, qkv, rotary, num_heads, places, seen, scale, scales
+        )
     num_key_heads, head_dim = keys.shape[2:]
     heads = qkv.view(len(qkv), -1, head_dim)
     q, k, v = heads.split((num_heads, num_key_heads, num_key_heads), 1)
     q, k = rotary.apply(q, k)
     store_tokens(keys, values, k, v, **places._asdict(), scales=scales)
-    return q
+    return decode_attention(
+        q,
+        keys[:, : seen.held],
+        values[:, : seen.held],
+        seen.tables,
+        scale=scale,
+        lengths=seen.lengths,
+        visible=seen.visible,
+        scales=scales,
+        arrivals=seen.arrivals,
+    )
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:

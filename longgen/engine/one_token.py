@@ -1,7 +1,8 @@
 """A model's pass over one token of one sequence, in as few launches as it takes.
 
 transformers' layers, compiled, run any number of tokens; for a single one, which is bound by
-reading weights, this takes their weights and goes its own way: six launches a sparse layer.
+reading weights, this takes their weights and goes its own way: five launches a sparse layer, or six
+where strides move tokens.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def logits_of(model: Any, batch: DecodeBatch, token: torch.Tensor) -> torch.Tens
     Returns:
         logits (1, vocabulary).
     """
+    # Kernels that begin early read of it before they wait for the one ahead.
+    batch.prepare()
     decoder = model.model
     hidden: torch.Tensor = decoder.embed_tokens(token)
     cos, sin = (x[0] for x in decoder.rotary_emb(hidden[None], batch.lengths[None] - 1))

@@ -12,36 +12,65 @@ import torch
 import triton
 import triton.language as tl
 
-from longgen.engine.kernels import overlaps_launches
-
-# Keys that a program reads at a time, its warps, the blocks that it has under way, and programs a
-# multiprocessor: the fastest of 24 combinations for 131,072 keys on an H200, and of 32 for the
-# 2,112 keys of a sparse layer on an H100 (docs/experiments.md).
-NUM_STAGES = 3
+from longgen.engine.kernels import Places, overlaps_launches
+from longgen.engine.linear import Rotary, Seen
+from longgen.engine.triton_store import rotate_and_store, rotated, to_e4m3
 
 
 class Tuning(NamedTuple):
-    """Hold what is best for queries that have many keys alone, or few, or share them."""
+    """Hold the keys that a program reads at a time, its warps, the blocks that it has under way,
+    and programs a multiprocessor."""
 
     block: int
     num_warps: int
+    num_stages: int
     programs: int
 
 
 # Of keys in one block, at most.
 BLOCK_BYTES = 1 << 15
-ALONE, FEW, SHARED = Tuning(128, 8, 8), Tuning(64, 4, 8), Tuning(64, 4, 4)
+# For queries that have their keys alone or share them, for e4m3, and for few keys: the fastest of
+# 33 to 190 combinations each for 131,072 keys, or the 2,112 of a sparse layer, on an H100
+# (docs/experiments.md).
+ALONE, SHARED, EIGHT_BITS = Tuning(128, 8, 3, 8), Tuning(64, 4, 3, 4), Tuning(128, 8, 2, 2)
+FEW_ALONE, FEW_SHARED, FEW_EIGHT_BITS = (
+    Tuning(32, 4, 2, 4),
+    Tuning(32, 2, 4, 8),
+    Tuning(32, 4, 3, 4),
+)
 # The most keys that are few.
 FEW_KEYS = 8192
 # Keys that one program still reads alone, and the fewest for which others are cut in parts.
 WHOLE_KEYS = 512
-SPLIT_KEYS = 256
+SPLIT_KEYS = 96
 MOST_SPLITS = 128
 # The most parts that the last program puts together by itself, and the numbers it holds at a time.
 JOIN_SPLITS = 32
 JOIN_NUMBERS = 8192
+# Keys that a program of a full layer has fetched before it may begin.
+AHEAD_KEYS = 64
 # The smallest side of a tile that tensor cores take.
 MIN_SIDE = 16
+
+
+@triton.jit
+def _fetch(pointers: tl.tensor, sizes: tl.tensor) -> None:
+    """Have so many bytes (multiples of 16, or none) brought to the second-level cache."""
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred some;
+            setp.ne.s32 some, $2, 0;
+            @some cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r",
+        [pointers.to(tl.int64), sizes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -57,9 +86,17 @@ def _part(
     stats_ptr: tl.tensor,
     result_ptr: tl.tensor,
     arrivals_ptr: tl.tensor,
+    entry_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    q_norm_ptr: tl.tensor,
+    k_norm_ptr: tl.tensor,
     scale_log2: tl.tensor,
+    eps: tl.tensor,
     q_row: tl.tensor,
     q_head: tl.tensor,
+    entry_row: tl.tensor,
+    entry_head: tl.tensor,
     page_stride: tl.tensor,
     token_stride: tl.tensor,
     head_stride: tl.tensor,
@@ -84,22 +121,20 @@ def _part(
     HAS_SCALES: tl.constexpr,
     WHOLE: tl.constexpr,
     JOINS: tl.constexpr,
+    HAS_NEW: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ) -> None:
     """One sequence, one key head, one part of its keys: unnormalised output, maximum and sum.
 
     EVEN_PAGES: pages are whole blocks. WHOLE: the part is all, and the result is written. JOINS:
-    the last part to be done puts all together.
+    the last part to be done puts all together. HAS_NEW: `q_ptr` has the new token's queries, keys
+    and values, not rotated; the part that its key belongs to stores it. AHEAD: of how many keys
+    the first are fetched while the kernel ahead still runs.
     """
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_key_heads = tl.num_programs(1)
-    value_scale = 1.0
-    if HAS_SCALES:
-        scale_log2 *= tl.load(scales_ptr + head)
-        value_scale = tl.load(scales_ptr + num_key_heads + head)
     length = capacity
     if HAS_LENGTHS:
         length = tl.minimum(tl.load(length_ptr + row).to(tl.int32), capacity)
@@ -109,15 +144,75 @@ def _part(
     first = split * share * BLOCK
     last = tl.minimum(first + share * BLOCK, length)
 
+    table_at = table_ptr + row * table_stride
+    if ONE_PAGE:
+        # Once: in the loop, keys would wait for it.
+        only_page = tl.load(table_at).to(tl.int64) * page_stride + head * head_stride
+    if AHEAD > 0:
+        # Tokens that came before are there, whatever the kernel ahead does.
+        ahead = first + tl.arange(0, AHEAD)
+        if ONE_PAGE:
+            ahead_at = only_page + ahead * token_stride
+        else:
+            page = tl.load(table_at + ahead // page_size, mask=ahead < last, other=0).to(tl.int64)
+            ahead_at = page * page_stride + head * head_stride + (ahead % page_size) * token_stride
+        width = k_ptr.dtype.element_ty.primitive_bitwidth // 8
+        size = tl.where(ahead < last, HEAD_DIM * width, 0)
+        _fetch(k_ptr + ahead_at, size)
+        _fetch(v_ptr + ahead_at, size)
+    if OVERLAPS:
+        # In this order: what follows begins once all before the kernel ahead is done, and may read
+        # of that before it waits.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    value_scale = 1.0
+    if HAS_SCALES:
+        scale_log2 *= tl.load(scales_ptr + head)
+        value_scale = tl.load(scales_ptr + num_key_heads + head)
+
     group = tl.arange(0, GROUP_TILE)
     dim = tl.arange(0, DIM_TILE)
     in_dim = dim < HEAD_DIM
     q_mask = (group[:, None] < GROUP) & in_dim[None, :]
-    q = tl.load(
-        q_ptr + row * q_row + (head * GROUP + group)[:, None] * q_head + dim[None, :],
-        mask=q_mask,
-        other=0.0,
-    )
+    q_at = q_ptr + row * q_row + (head * GROUP + group)[:, None] * q_head
+    q = tl.load(q_at + dim[None, :], mask=q_mask, other=0.0)
+    if HAS_NEW:
+        partner = tl.where(dim < HEAD_DIM // 2, dim + HEAD_DIM // 2, dim - HEAD_DIM // 2)
+        cos = tl.load(cos_ptr + row * HEAD_DIM + dim, mask=in_dim, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + row * HEAD_DIM + dim, mask=in_dim, other=0.0).to(tl.float32)
+        sin = tl.where(dim < HEAD_DIM // 2, -sin, sin)
+        x = q.to(tl.float32)
+        y = tl.load(q_at + partner[None, :], mask=q_mask, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            factor = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
+            own_norm = tl.load(q_norm_ptr + dim, mask=in_dim, other=0.0).to(tl.float32)
+            its_norm = tl.load(q_norm_ptr + partner, mask=in_dim, other=0.0).to(tl.float32)
+            x *= factor * own_norm[None, :]
+            y *= factor * its_norm[None, :]
+        q = (x * cos[None, :] + y * sin[None, :]).to(q.dtype)
+        if HAS_LENGTHS:
+            new = length - 1
+        else:
+            new = tl.load(entry_ptr + row * entry_row + head * entry_head).to(tl.int32)
+        if (new >= first) & (new < last):
+            if ONE_PAGE:
+                new_at = only_page + new * token_stride + dim
+            else:
+                page = tl.load(table_at + new // page_size).to(tl.int64)
+                new_at = page * page_stride + head * head_stride
+                new_at += (new % page_size) * token_stride + dim
+            own = q_ptr + row * q_row + (num_key_heads * GROUP + head) * q_head
+            new_k = rotated(own, k_norm_ptr, cos, sin, eps, dim, in_dim, HEAD_DIM, HAS_NORM)
+            new_k = new_k.to(q.dtype)
+            new_v = tl.load(own + num_key_heads * q_head + dim, mask=in_dim, other=0.0)
+            if HAS_SCALES:
+                of_bits = k_ptr.dtype.element_ty
+                new_k = to_e4m3(new_k, tl.load(scales_ptr + head)).to(of_bits, bitcast=True)
+                new_v = to_e4m3(new_v, value_scale).to(of_bits, bitcast=True)
+            tl.store(k_ptr + new_at, new_k, mask=in_dim)
+            tl.store(v_ptr + new_at, new_v, mask=in_dim)
+            # Other threads read it with its block.
+            tl.debug_barrier()
     # Tensor cores don't multiply e4m3 with 16 bits. It fits into fp16, to which the GPU turns it in
     # one instruction (to bf16 it takes many), and queries do once their size is taken out.
     IN_HALF: tl.constexpr = (k_ptr.dtype.element_ty == tl.float8e4nv) & (q.dtype == tl.bfloat16)
@@ -128,22 +223,17 @@ def _part(
     highest = tl.full((GROUP_TILE,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_TILE,), tl.float32)
     out = tl.zeros((GROUP_TILE, DIM_TILE), tl.float32)
-    if ONE_PAGE:
-        # Once: in the loop, keys would wait for it.
-        only_page = tl.load(table_ptr + row * table_stride).to(tl.int64) * page_stride
     for start in range(first, last, BLOCK):
         token = start + tl.arange(0, BLOCK)
         exists = token < last
         if ONE_PAGE:
             place = only_page + token * token_stride
         else:
-            page_at = table_ptr + row * table_stride
             if EVEN_PAGES:
-                page = tl.load(page_at + start // page_size).to(tl.int64)
+                page = tl.load(table_at + start // page_size).to(tl.int64)
             else:
-                page = tl.load(page_at + token // page_size, mask=exists, other=0).to(tl.int64)
-            place = page * page_stride + (token % page_size) * token_stride
-        place += head * head_stride
+                page = tl.load(table_at + token // page_size, mask=exists, other=0).to(tl.int64)
+            place = page * page_stride + head * head_stride + (token % page_size) * token_stride
         mask = exists[:, None] & in_dim[None, :]
         k = tl.load(k_ptr + place[:, None] + dim[None, :], mask=mask, other=0.0).to(q.dtype)
         v = tl.load(v_ptr + place[:, None] + dim[None, :], mask=mask, other=0.0).to(q.dtype)
@@ -264,8 +354,8 @@ def _together(
 ) -> None:
     """Weigh the parts of one query by what they summed up."""
     if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row, head = tl.program_id(0), tl.program_id(1)
     key_head, member = head // GROUP, head % GROUP
     num_key_heads = tl.num_programs(1) // GROUP
@@ -287,12 +377,18 @@ def _together(
     tl.store(result_ptr + at, result.to(result_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-def _tuning(group: int, row_bytes: int, capacity: int) -> Tuning:
-    """Return what is best for `group` queries a key head, and at most `capacity` keys of so many
-    bytes."""
-    tuning = SHARED if group > 1 else FEW if capacity <= FEW_KEYS else ALONE
+def _tuning(group: int, dim_tile: int, size: int, capacity: int) -> Tuning:
+    """Return what is best for `group` queries a key head, and at most `capacity` keys of `dim_tile`
+    numbers of `size` bytes."""
+    few = capacity <= FEW_KEYS
+    if size == 1:
+        tuning = FEW_EIGHT_BITS if few else EIGHT_BITS
+    elif group > 1:
+        tuning = FEW_SHARED if few else SHARED
+    else:
+        tuning = FEW_ALONE if few else ALONE
     # Blocks under way must fit into shared memory.
-    return tuning._replace(block=min(tuning.block, max(MIN_SIDE, BLOCK_BYTES // row_bytes)))
+    return tuning._replace(block=min(tuning.block, max(MIN_SIDE, BLOCK_BYTES // dim_tile // size)))
 
 
 def _splits(pairs: int, programs: int, capacity: int, device: torch.device) -> int:
@@ -325,6 +421,8 @@ def paged_decode(
     num_stages: int | None = None,
     join_splits: int | None = None,
     overlaps: bool | None = None,
+    rotary: Rotary | None = None,
+    entries: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `kernels.decode_attention`.
 
@@ -339,6 +437,9 @@ def paged_decode(
         join_splits: with `arrivals`, the most parts that the last program puts together; more take
             a second launch.
         overlaps: whether kernels may begin before the one ahead is done; None asks the device.
+        rotary: given by `rotate_and_attend`: what turns queries and keys.
+        entries: given by `rotate_and_attend`: the places of the new keys, (N, heads), if these are
+            not the last that `lengths` count.
     """
     overlaps = overlaps_launches(q.device) if overlaps is None else overlaps
     launch: dict[str, Any] = {"launch_pdl": True} if overlaps else {}
@@ -347,7 +448,7 @@ def paged_decode(
     group = num_heads // num_key_heads
     capacity = block_tables.shape[1] * page_size
     dim_tile = max(triton.next_power_of_2(head_dim), MIN_SIDE)
-    tuning = _tuning(group, dim_tile * keys.element_size(), capacity)
+    tuning = _tuning(group, dim_tile, keys.element_size(), capacity)
     pairs = number * num_key_heads
     splits = num_splits or _splits(pairs, tuning.programs, capacity, q.device)
     most = JOIN_SPLITS if join_splits is None else join_splits
@@ -369,6 +470,13 @@ def paged_decode(
     split_tile = triton.next_power_of_2(splits)
     members = triton.next_power_of_2(group)
     factors = scales if scales is not None else tables
+    places = entries if entries is not None else tables
+    norms = (None, None) if rotary is None else (rotary.q_norm, rotary.k_norm)
+    ahead = 0
+    if overlaps and rotary is not None and head_dim * keys.element_size() % 16 == 0:
+        # All that a sparse layer's program reads: meanwhile the memory has nothing else to do.
+        share = triton.cdiv(triton.cdiv(capacity, block), splits) * block
+        ahead = triton.next_power_of_2(share) if capacity <= FEW_KEYS else AHEAD_KEYS
     _part[(number, num_key_heads, splits)](
         q,
         keys,
@@ -381,9 +489,17 @@ def paged_decode(
         stats,
         out,
         arrivals if joins else tables,
+        places,
+        q if rotary is None else rotary.cos,
+        q if rotary is None else rotary.sin,
+        q if norms[0] is None else norms[0].weight,
+        q if norms[1] is None else norms[1].weight,
         scale * 1.4426950408889634,
+        0.0 if norms[0] is None else norms[0].eps,
         q.stride(0),
         q.stride(1),
+        places.stride(0),
+        places.stride(1) if places.shape[1] > 1 else 0,
         keys.stride(0),
         keys.stride(1),
         keys.stride(2),
@@ -409,9 +525,12 @@ def paged_decode(
         HAS_SCALES=scales is not None,
         WHOLE=splits == 1,
         JOINS=joins,
+        HAS_NEW=rotary is not None,
+        HAS_NORM=norms[0] is not None,
+        AHEAD=ahead,
         OVERLAPS=overlaps,
         num_warps=tuning.num_warps if num_warps is None else num_warps,
-        num_stages=NUM_STAGES if num_stages is None else num_stages,
+        num_stages=tuning.num_stages if num_stages is None else num_stages,
         **launch,
     )
     if joins or splits == 1:
@@ -431,3 +550,47 @@ def paged_decode(
         **launch,
     )
     return out
+
+
+def rotate_and_attend(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    qkv: torch.Tensor,
+    rotary: Rotary,
+    num_heads: int,
+    places: Places,
+    seen: Seen,
+    scale: float,
+    scales: torch.Tensor | None,
+    overlaps: bool | None = None,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """See `linear.rotate_and_attend`; the rest is `paged_decode`'s."""
+    turns: Rotary | None = None
+    entries: torch.Tensor | None = None
+    if places.moved is not None:
+        # What moves may belong to another program: all must be there before any of them reads.
+        q = rotate_and_store(
+            keys, values, qkv, rotary, num_heads, places, scales, overlaps=overlaps
+        )
+    else:
+        assert qkv.is_contiguous() and rotary.cos.is_contiguous() and rotary.sin.is_contiguous()
+        assert scales is not None or qkv.dtype == keys.dtype
+        q = qkv.view(len(qkv), -1, keys.shape[3])[:, :num_heads]
+        turns = rotary
+        entries = places.entries if seen.lengths is None else None
+    return paged_decode(
+        q,
+        keys[:, : seen.held],
+        values[:, : seen.held],
+        seen.tables,
+        scale,
+        seen.lengths,
+        seen.visible,
+        num_splits,
+        scales=scales,
+        arrivals=seen.arrivals,
+        overlaps=overlaps,
+        rotary=turns,
+        entries=entries,
+    )

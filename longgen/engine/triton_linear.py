@@ -26,7 +26,9 @@ class Tuning(NamedTuple):
     num_warps: int
 
 
-TUNING = Tuning(4, 2048, 8)
+# The fastest of 29 to 42 combinations for each product of Llama-2-7B and Llama-3-8B on an H100: all
+# at the speed of a copy.
+TUNING, GATED_TUNING = Tuning(2, 2048, 4), Tuning(2, 1024, 2)
 
 
 @triton.jit
@@ -55,8 +57,6 @@ def _project(
     OVERLAPS: tl.constexpr,
 ) -> None:
     """Multiply ROWS rows of one of the weights, or of gate and up, with the token."""
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
     begin = tl.program_id(0) * ROWS
     row, w_ptr, b_ptr = begin, w0_ptr, b0_ptr
     if WEIGHTS > 1:
@@ -77,6 +77,7 @@ def _project(
         u = tl.load(w1_ptr + at, mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     other = tl.zeros((ROWS, BLOCK), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
@@ -139,7 +140,7 @@ def matvec(
     has_bias = biases[0] is not None
     assert all((bias is not None) == has_bias for bias in biases)
     if tuning is None:
-        tuning = TUNING
+        tuning = GATED_TUNING if gated else TUNING
     if overlaps is None:
         overlaps = overlaps_launches(x.device)
     total = counts[0] if gated else sum(counts)

@@ -16,7 +16,7 @@ LARGEST = tl.constexpr(448.0)
 
 
 @triton.jit
-def _to_e4m3(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
+def to_e4m3(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """Scale, clamp and round to the bits of e4m3, as `EngineCache.encode` does.
 
     In integers, so that every device rounds alike: to nearest, ties to even, NaN stays NaN.
@@ -68,8 +68,8 @@ def _put(
         # Another thread may write what this one reads.
         tl.debug_barrier()
     if HAS_SCALES:
-        k = _to_e4m3(k, tl.load(scales_ptr + head))
-        v = _to_e4m3(v, tl.load(scales_ptr + tl.num_programs(1) + head))
+        k = to_e4m3(k, tl.load(scales_ptr + head))
+        v = to_e4m3(v, tl.load(scales_ptr + tl.num_programs(1) + head))
     tl.store(keys_ptr + place, k, mask=mask)
     tl.store(values_ptr + place, v, mask=mask)
 
@@ -131,7 +131,7 @@ def _store(
 
 
 @triton.jit
-def _rotated(
+def rotated(
     x_ptr: tl.tensor,
     norm_ptr: tl.tensor,
     cos: tl.tensor,
@@ -186,8 +186,8 @@ def _rotate_and_store(
 ) -> None:
     """Rotate the queries and the key of one sequence and key head; store the key and the value."""
     if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row, head = tl.program_id(0), tl.program_id(1)
     num_key_heads = tl.num_programs(1)
     num_heads = GROUP * num_key_heads
@@ -199,13 +199,13 @@ def _rotate_and_store(
     own = qkv_ptr + row * (num_heads + 2 * num_key_heads) * HEAD_DIM
     for member in tl.static_range(0, GROUP):
         q_head = head * GROUP + member
-        q = _rotated(
+        q = rotated(
             own + q_head * HEAD_DIM, q_norm_ptr, cos, sin, eps, dim, mask, HEAD_DIM, HAS_NORM
         )
         q_at = q_ptr + (row * num_heads + q_head) * HEAD_DIM + dim
         tl.store(q_at, q.to(q_ptr.dtype.element_ty), mask=mask)
     k_at = own + (num_heads + head) * HEAD_DIM
-    k = _rotated(k_at, k_norm_ptr, cos, sin, eps, dim, mask, HEAD_DIM, HAS_NORM)
+    k = rotated(k_at, k_norm_ptr, cos, sin, eps, dim, mask, HEAD_DIM, HAS_NORM)
     v = tl.load(k_at + num_key_heads * HEAD_DIM + dim, mask=mask)
     page = tl.load(page_ptr + row * page_row).to(tl.int64) * page_stride + head * head_stride
     entry = tl.load(entry_ptr + row * entry_row + head * entry_head)
@@ -315,10 +315,13 @@ def rotate_and_store(
     scales: torch.Tensor | None,
     overlaps: bool | None = None,
 ) -> torch.Tensor:
-    """See `linear.rotate_and_store`.
+    """Rotate and store one token a sequence; see `linear.rotate_and_attend`.
 
     Args:
         overlaps: whether kernels may begin before the one ahead is done; None asks the device.
+
+    Returns:
+        The queries, rotated, (N, H, D).
     """
     number, num_key_heads, head_dim = len(qkv), keys.shape[2], keys.shape[3]
     cos, sin, q_norm, k_norm = rotary

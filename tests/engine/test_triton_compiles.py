@@ -59,8 +59,9 @@ def test_rotating_compiles(kept: str, moves: bool) -> None:
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_products_compile(overlaps: bool, gated: bool) -> None:
     """Where kernels overlap, the first weights are read before the wait, and nothing else is."""
-    from longgen.engine.triton_linear import TUNING, _project
+    from longgen.engine.triton_linear import GATED_TUNING, TUNING, _project
 
+    tuning = GATED_TUNING if gated else TUNING
     pointers = {name: "*bf16" for name in _project.arg_names if name.endswith("_ptr")}
     ptx = compile_(
         _project,
@@ -72,8 +73,8 @@ def test_products_compile(overlaps: bool, gated: bool) -> None:
             "HAS_NORM": True,
             "HAS_BIAS": not gated,
             "HAS_RESIDUAL": not gated,
-            "ROWS": TUNING.rows,
-            "BLOCK": TUNING.block,
+            "ROWS": tuning.rows,
+            "BLOCK": tuning.block,
             "OVERLAPS": overlaps,
         },
     ).asm["ptx"]
@@ -94,6 +95,9 @@ def test_attending_compiles(kept: str, splits: str) -> None:
     pointers |= {"length_ptr": "*i64", "visible_ptr": "*i1", "scales_ptr": "*fp32"}
     pointers |= {"out_ptr": "*fp32", "stats_ptr": "*fp32", "result_ptr": "*bf16"}
     scaled = kept == "fp8e4nv"
+    pointers |= {"entry_ptr": "*i64"}
+    for name in ("cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"):
+        pointers[name] = "*bf16"
     shape = {"GROUP": 4, "HEAD_DIM": 128, "DIM_TILE": 128, "SPLIT_TILE": 16}
     compile_(
         _part,
@@ -111,6 +115,9 @@ def test_attending_compiles(kept: str, splits: str) -> None:
             "HAS_SCALES": scaled,
             "WHOLE": splits == "one",
             "JOINS": splits == "few",
+            "HAS_NEW": splits == "few",
+            "HAS_NORM": splits == "few",
+            "AHEAD": 128 * (splits == "few"),
             "OVERLAPS": scaled,
         },
     )
