@@ -154,8 +154,8 @@ def _part(
         if ONE_PAGE:
             ahead_at = only_page + ahead * token_stride
         else:
-            page = tl.load(table_at + ahead // page_size, mask=ahead < last, other=0).to(tl.int64)
-            ahead_at = page * page_stride + head * head_stride + (ahead % page_size) * token_stride
+            pages = tl.load(table_at + ahead // page_size, mask=ahead < last, other=0).to(tl.int64)
+            ahead_at = pages * page_stride + head * head_stride + (ahead % page_size) * token_stride
         width = k_ptr.dtype.element_ty.primitive_bitwidth // 8
         size = tl.where(ahead < last, HEAD_DIM * width, 0)
         _fetch(k_ptr + ahead_at, size)
@@ -198,8 +198,8 @@ def _part(
             if ONE_PAGE:
                 new_at = only_page + new * token_stride + dim
             else:
-                page = tl.load(table_at + new // page_size).to(tl.int64)
-                new_at = page * page_stride + head * head_stride
+                new_page = tl.load(table_at + new // page_size).to(tl.int64)
+                new_at = new_page * page_stride + head * head_stride
                 new_at += (new % page_size) * token_stride + dim
             own = q_ptr + row * q_row + (num_key_heads * GROUP + head) * q_head
             new_k = rotated(own, k_norm_ptr, cos, sin, eps, dim, in_dim, HEAD_DIM, HAS_NORM)

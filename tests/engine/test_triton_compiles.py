@@ -88,7 +88,8 @@ def test_products_compile(overlaps: bool, gated: bool) -> None:
 
 @pytest.mark.parametrize("splits", ["one", "few", "many"])
 @pytest.mark.parametrize("kept", ["bf16", "fp8e4nv"])
-def test_attending_compiles(kept: str, splits: str) -> None:
+@pytest.mark.parametrize("new", ["", "rotated", "rotated and normed"])
+def test_attending_compiles(new: str, kept: str, splits: str) -> None:
     from longgen.engine.triton_decode import _part, _together
 
     pointers = {"q_ptr": "*bf16", "k_ptr": f"*{kept}", "v_ptr": f"*{kept}", "table_ptr": "*i64"}
@@ -115,11 +116,11 @@ def test_attending_compiles(kept: str, splits: str) -> None:
             "HAS_SCALES": scaled,
             "WHOLE": splits == "one",
             "JOINS": splits == "few",
-            "HAS_NEW": splits == "few",
-            "HAS_NORM": splits == "few",
-            "AHEAD": 128 * (splits == "few"),
-            "OVERLAPS": scaled,
+            "HAS_NEW": bool(new),
+            "HAS_NORM": "normed" in new,
+            "AHEAD": 128 if new else 0,
+            "OVERLAPS": bool(new),
         },
     )
     if splits == "many":
-        compile_(_together, pointers, shape | {"HAS_SCALES": scaled, "OVERLAPS": scaled})
+        compile_(_together, pointers, shape | {"HAS_SCALES": scaled, "OVERLAPS": bool(new)})
