@@ -259,6 +259,9 @@ def training_figures(
         offload=bool(options.offload),
         compile=options.compile is not False,
     )
+    from longgen.parallel import check_divides
+
+    check_divides(context, setup.context_parallel)
     groups = gpus.count // setup.context_parallel
     wanted = options.batch_tokens
     batch_tokens = parse_tokens(wanted) if wanted else groups * batch * context

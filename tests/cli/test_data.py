@@ -208,6 +208,7 @@ def test_what_makes_no_sense_is_refused(
     assert "How long should sequences be" in refused("pack", "x", *out)
     pack = ("pack", tmp_path / "tokens" / "long", *out, "--context", 128)
     assert "no tokenized documents" in refused("pack", tmp_path, *out, "--context", 128)
+    assert "no tokenized documents" in refused("pack", recipe, *out, "--context", 128)
     assert "long is 'keep'" in refused(*pack, "--long", "keep")
     assert "min_length is 129" in refused(*pack, "--min-length", 129)
     assert "'many'" in refused(*pack, "--heldout-tokens", "many")

@@ -116,6 +116,11 @@ def test_a_recipe_without_batch_tokens_has_the_step_that_training_has(
     assert found["budget"]["tokens"] == 3 * found["batch_tokens"]
 
 
+def test_a_context_that_gpus_cannot_share_is_refused(refused: Callable[..., str]) -> None:
+    assert "cannot be cut into 8 equal parts" in refused(*EIGHT, "--context", 131071)
+    assert "and checkpointing is off" in refused(*EIGHT, "--checkpointing", "off", "--offload")
+
+
 def test_offloading_leaves_the_choice_of_checkpointing(run: Callable[..., Any]) -> None:
     """As `longgen extend` does: attention's outputs are kept too where they fit."""
     shown = run(*EIGHT, "--offload", "--json").json["training"]["setup"]
