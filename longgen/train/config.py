@@ -3,6 +3,7 @@ output."""
 
 from __future__ import annotations
 
+import os
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -169,6 +170,10 @@ class ExtendConfig:
         """Return the settings as plain values, for the record beside the output."""
         return {**asdict(self), "data": list(self.data)}
 
+    def to_run(self) -> dict[str, Any]:
+        """Return the settings as a run records them, to be gone on with from any working folder."""
+        return _in_any_folder(self.to_dict())
+
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Name the settings that would make a resumed run another run than the one that began with
         `earlier`."""
@@ -183,12 +188,18 @@ class ExtendConfig:
             "context_parallel",
             "sharding",
         }
-        mine = self.to_dict()
+        mine, earlier = self.to_run(), _in_any_folder(earlier)
         return [
             f"{name} was {earlier.get(name)!r} and is now {value!r}"
             for name, value in mine.items()
             if name not in free and earlier.get(name) != value
         ]
+
+
+def _in_any_folder(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings whose paths of model and data are absolute."""
+    data = [os.path.abspath(os.path.expanduser(path)) for path in settings.get("data", ())]
+    return {**settings, "model": os.path.abspath(settings.get("model", "")), "data": data}
 
 
 def default_batch_tokens(context: int) -> int:

@@ -214,13 +214,17 @@ def _fit(
         is_bf16=gpus is not None,
         accumulates=config.sequences_per_step > processes.data_parallel,
     )
+    memory_bytes = None
+    if gpus is not None:
+        # Cards may differ, but what is exchanged must not.
+        memory_bytes = int(min(processes.each(gpus.gpu.memory_bytes)))
     setup = choose_checkpointing(
         config.gradient_checkpointing,
         shape,
         config.context,
         setup,
         plan,
-        gpus.gpu.memory_bytes if gpus else None,
+        memory_bytes,
     )
     memory = training_memory(shape, config.context, setup, plan)
     if gpus is not None:
@@ -233,7 +237,7 @@ def _begin(config: ExtendConfig, resume: bool, say: Say) -> Path | None:
     check_folder(config, resume)
     folder = training_folder(config.out)
     if not resume:
-        write_json(folder / RUN, config.to_dict())
+        write_json(folder / RUN, config.to_run())
         return None
     checkpoint, cut_off = newest_checkpoint(folder)
     for path in cut_off:
