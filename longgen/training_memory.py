@@ -51,7 +51,7 @@ def training_memory(
     }
     fixed, gradients = _states(shape, setup)
     kept = [layers[kind].kept(setup.checkpointing) for kind in plan.layers]
-    if setup.checkpointing != "off" and setup.offload:
+    if setup.offload:
         # Two layers' are on their way to the host or back.
         kept = [2 * max(kept)]
     phases = [
@@ -201,32 +201,35 @@ def _layer(
     return "backward of a layer", parts
 
 
-def cheapest_that_fits(
+def choose_checkpointing(
+    asked: str,
     shape: ModelShape,
     length: int,
     setup: TrainingSetup,
     plan: LayerPlan | None,
-    memory_bytes: int,
-    *,
-    may_offload: bool = False,
+    memory_bytes: int | None,
 ) -> TrainingSetup:
-    """Return the setup with the checkpointing that computes least again and fits by the estimate;
-    where none does, the one that takes least memory.
+    """Return the setup with the checkpointing that was asked for.
+
+    "auto" is the one that computes least again and fits by the estimate; where none does, and where
+    there is no card to fit, the one that takes least memory.
 
     Args:
+        asked: "auto", "off", "selective" or "full".
         shape: the model.
         length: tokens of one sequence.
         setup: everything else.
         plan: which layers are full.
-        memory_bytes: of the card.
-        may_offload: whether "full" may send what it keeps to the host's memory as a last resort.
+        memory_bytes: of the card; None is a CPU.
     """
+    if asked != "auto":
+        return replace(setup, checkpointing=asked)
     # Without checkpointing there is nothing to offload.
     names = CHECKPOINTING[1:] if setup.offload else CHECKPOINTING
     choices = [replace(setup, checkpointing=name) for name in names]
-    if may_offload:
-        choices.append(replace(choices[-1], offload=True))
     for choice in choices:
+        if memory_bytes is None:
+            break
         if training_memory(shape, length, choice, plan).total <= memory_bytes:
             return choice
     return choices[-1]
@@ -236,7 +239,7 @@ def offloaded_bytes(
     shape: ModelShape, length: int, setup: TrainingSetup, plan: LayerPlan | None = None
 ) -> int:
     """Return the bytes of the host's memory that one GPU's activations take."""
-    if not setup.offload or setup.checkpointing == "off":
+    if not setup.offload:
         return 0
     plan = plan or full_plan(shape)
     kept = {

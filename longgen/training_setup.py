@@ -47,6 +47,11 @@ class TrainingSetup:
                 raise UsageError(
                     f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}."
                 )
+        if self.offload and self.checkpointing == "off":
+            raise UsageError(
+                "offload moves what checkpointing keeps to host memory, and checkpointing is off. "
+                "Give selective or full, or leave offload out."
+            )
         if self.context_parallel < 1 or self.gpus % self.context_parallel:
             raise UsageError(
                 f"{self.gpus} GPUs do not divide into groups of {self.context_parallel} that share "

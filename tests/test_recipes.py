@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.tables import planned_recipes
 from longgen.cli.options import parse_tokens, resolve_plan
-from longgen.cli.training_plan import Recipe, training_figures
+from longgen.cli.training_plan import Recipe, TrainOptions, training_figures
 from longgen.shapes import load_shape
 from longgen.train.config import PLAN_OPTIONS, ExtendConfig, read_recipe
 
@@ -35,7 +35,8 @@ def test_a_recipe_fits_its_gpus_and_has_the_papers_budget(name: str) -> None:
     shape = load_shape(recipe.model or "")
     context = parse_tokens(recipe.context or "")
     plan = resolve_plan(shape, context, recipe.plan)
-    figures = training_figures(shape, plan, context, 1, gpus, recipe.train)
+    options = recipe.options(TrainOptions(), context)
+    figures = training_figures(shape, plan, context, 1, gpus, options)
     assert figures["memory_per_gpu"]["fits"]
     assert figures["budget"]["tokens"] == pytest.approx(5e9, rel=0.01)
     assert figures["budget"]["steps"] == read_recipe(path)["steps"]

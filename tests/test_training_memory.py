@@ -17,7 +17,7 @@ from longgen.hf import head
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import SHAPES
-from longgen.training_memory import cheapest_that_fits, offloaded_bytes, training_memory
+from longgen.training_memory import choose_checkpointing, offloaded_bytes, training_memory
 from longgen.training_setup import TrainingSetup
 from tests.weighing import (
     AUTOCAST,
@@ -155,18 +155,21 @@ def test_a_longer_sequence_over_more_gpus_takes_as_much() -> None:
 def test_what_is_computed_again_is_as_little_as_fits() -> None:
     setup = TrainingSetup(gpus=8, context_parallel=8)
 
-    def chosen(memory_bytes: int, **how: bool) -> tuple[str, bool]:
-        found = cheapest_that_fits(LLAMA, CONTEXT, setup, PAPER, memory_bytes, **how)
-        return found.checkpointing, found.offload
+    def chosen(memory_bytes: int | None, asked: str = "auto", **changes: bool) -> str:
+        how = replace(setup, **changes)
+        return choose_checkpointing(asked, LLAMA, CONTEXT, how, PAPER, memory_bytes).checkpointing
 
     need = {
         name: training_memory(LLAMA, CONTEXT, replace(setup, checkpointing=name), PAPER).total
         for name in ("off", "selective", "full")
     }
     for name, size in need.items():
-        assert chosen(size) == (name, False)
-    assert chosen(need["full"] - 1) == ("full", False)
-    assert chosen(need["full"] - 1, may_offload=True) == ("full", True)
+        assert chosen(size) == name
+        assert chosen(0, asked=name) == name
+    assert chosen(need["full"] - 1) == chosen(None) == "full"
+    # Without checkpointing there is nothing to offload.
+    assert chosen(need["off"], offload=True) == "selective"
+    assert chosen(0, offload=True) == "full"
 
 
 def test_what_is_offloaded_is_what_would_be_kept() -> None:
@@ -181,5 +184,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         TrainingSetup(checkpointing="some")
     with pytest.raises(UsageError, match="sharding is 'zero'"):
         TrainingSetup(sharding="zero")
+    with pytest.raises(UsageError, match="and checkpointing is off"):
+        TrainingSetup(checkpointing="off", offload=True)
     with pytest.raises(UsageError, match="4 GPUs do not divide into groups of 3"):
         TrainingSetup(gpus=4, context_parallel=3)

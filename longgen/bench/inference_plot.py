@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from longgen.bench.inference_settings import VARIANTS
+from longgen.bench.panels import BROKEN, draw_line, save_panels
 from longgen.bench.summary import best, best_batches, number, rows_of
 from longgen.errors import UsageError
-from longgen.evaluate.figures import GREY, canvas, length_axis, save, tidy, write_ends
+from longgen.evaluate.figures import GREY, canvas, length_axis, tidy, write_ends
 from longgen.evaluate.plots import STYLES as MODELS
 from longgen.evaluate.results import Row, Rows, byte_unit, say_bytes
 
@@ -33,7 +33,6 @@ LABELS = {
 }
 
 _CEILING = "at the device's own matmul and copy rates"
-_BROKEN = (0, (4, 3))
 
 
 def plot_inference(rows: Rows, path: str | Path, *, title: str) -> Path:
@@ -83,21 +82,7 @@ def plot_inference(rows: Rows, path: str | Path, *, title: str) -> Path:
         strict=True,
     ):
         axes.set_title(name, fontsize=10)
-    handles = {
-        text: handle
-        for axes in panels
-        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(len(handles), 3),
-        edgecolor="none",
-        fontsize=9,
-    )
-    figure.suptitle(fill(title, int(10.5 * figure.get_figwidth())), fontsize=11)
-    return save(figure, path)
+    return save_panels(figure, panels, path, title=title, most_columns=3)
 
 
 def _throughput(axes: Axes, rows: Rows) -> None:
@@ -108,21 +93,12 @@ def _throughput(axes: Axes, rows: Rows) -> None:
         line = sorted((length, row) for (length, other), row in most.items() if other == name)
         if not line:
             continue
-        colour, marker, style = STYLES[name]
         x = [length for length, _ in line]
         y = [row["tokens_per_second"] for _, row in line]
-        axes.plot(
-            x,
-            y,
-            color=colour,
-            marker=marker,
-            linestyle=style,
-            linewidth=1.8,
-            markersize=5.5,
-            zorder=2 + (style != "-"),
-            label=LABELS[name],
+        draw_line(axes, x, y, STYLES[name], LABELS[name])
+        ends.append(
+            (x[-1], y[-1], f"{number(y[-1])}, {line[-1][1]['batch']} seq.", STYLES[name][0])
         )
-        ends.append((x[-1], y[-1], f"{number(y[-1])}, {line[-1][1]['batch']} seq.", colour))
     _finish_panel(axes, rows, "Tokens per second, all sequences")
     write_ends(axes, ends)
 
@@ -157,30 +133,19 @@ def _panel(
         line: list[Row] = [row for row in found if row]
         if not line:
             continue
-        colour, marker, style = STYLES[name]
+        colour = STYLES[name][0]
         x = [row["length"] for row in line]
         y = [row["value"] / size for row in line]
-        axes.plot(
-            x,
-            y,
-            color=colour,
-            marker=marker,
-            linestyle=style,
-            linewidth=1.8,
-            markersize=5.5,
-            # Solid lines lie below, so that a broken line of the same figures shows on top.
-            zorder=2 + (style != "-"),
-            label=LABELS[name],
-        )
+        draw_line(axes, x, y, STYLES[name], LABELS[name])
         spreads = [[end / size for end in row["spread"]] for row in line]
         axes.vlines(x, *zip(*spreads, strict=True), color=colour, linewidth=1)
         if metric != "kv_bytes":
             least = [row["ceiling"] / size for row in line]
             # Of a single length there is no line to see.
             dash: dict[str, Any] = {"marker": "_", "markersize": 16} if len(x) == 1 else {}
-            axes.plot(x, least, color=colour, linewidth=0.9, linestyle=_BROKEN, zorder=1, **dash)
+            axes.plot(x, least, color=colour, linewidth=0.9, linestyle=BROKEN, zorder=1, **dash)
         ends.append((x[-1], y[-1], say(line[-1]["value"]), colour))
     if metric != "kv_bytes":
-        axes.plot([], color=GREY, linewidth=0.9, linestyle=_BROKEN, label=_CEILING)
+        axes.plot([], color=GREY, linewidth=0.9, linestyle=BROKEN, label=_CEILING)
     _finish_panel(axes, rows, ylabel)
     write_ends(axes, ends)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from longgen.bench.settings import DTYPES
-from longgen.bench.timing import Budget
+from longgen.bench.timing import Budget, quick_ceiling
 from longgen.errors import UsageError
 from longgen.evaluate.cost import WARMUP_STEPS
 from longgen.evaluate.results import say_bytes
@@ -175,24 +175,9 @@ def quick_lengths(device: torch.device, most: int | None, decode_tokens: int) ->
 
 def quick_settings(settings: InferenceSettings) -> InferenceSettings:
     """Return settings that measure the same with less patience."""
-    if settings.device.type != "cuda":
-        return replace(
-            settings,
-            budget=Budget(warmup_ms=5.0, repeat_ms=20.0, least=2, rounds=1),
-            matmul_size=512,
-            copy_bytes=1 << 24,
-            seconds=_SECONDS,
-            seconds_each=4.0,
-        )
-    free, _ = torch.cuda.mem_get_info(settings.device)
-    return replace(
-        settings,
-        budget=Budget(warmup_ms=50.0, repeat_ms=100.0, least=4, rounds=1),
-        matmul_size=8192 if settings.torch_dtype.itemsize == 2 else 4096,
-        copy_bytes=min(1 << 30, free // 8),
-        seconds=_SECONDS,
-        seconds_each=6.0,
-    )
+    ceiling = quick_ceiling(settings.device, settings.torch_dtype, rounds=1)
+    patience = 6.0 if settings.device.type == "cuda" else 4.0
+    return replace(settings, seconds=_SECONDS, seconds_each=patience, **ceiling)
 
 
 def check_context(name: str, context: int, lengths: tuple[int, ...], decode_tokens: int) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from longgen.bench.panels import BROKEN, draw_line, save_panels
 from longgen.bench.providers import registry
 from longgen.bench.work import DIRECTIONS, PATTERNS
 from longgen.errors import UsageError
-from longgen.evaluate.figures import GREY, canvas, length_axis, save, tidy
+from longgen.evaluate.figures import GREY, canvas, length_axis, tidy
 from longgen.evaluate.results import Row, Rows
 
 if TYPE_CHECKING:
@@ -80,21 +81,8 @@ def plot_attention(rows: Rows, path: str | Path, *, title: str) -> Path:
         line[0].set_ylabel("TFLOP/s over visible pairs")
     for axes in grid[:-1].flat:
         axes.set_xlabel("")
-    handles = {
-        text: handle
-        for axes in grid.flat
-        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(3 if len(directions) > 1 else 2, len(handles)),
-        edgecolor="none",
-        fontsize=9,
-    )
-    figure.suptitle(fill(title, int(11 * figure.get_figwidth())), fontsize=11)
-    return save(figure, path)
+    columns = 3 if len(directions) > 1 else 2
+    return save_panels(figure, grid.flat, path, title=title, most_columns=columns)
 
 
 def _panel(
@@ -110,25 +98,13 @@ def _panel(
         line = sorted((r for r in rows if r["provider"] == name), key=lambda r: r["length"])
         if not line:
             continue
-        colour, marker, style = styles[name]
         x, y = [row["length"] for row in line], [row["value"] for row in line]
         label = known[name].label if name in known else name
-        axes.plot(
-            x,
-            y,
-            color=colour,
-            marker=marker,
-            linestyle=style,
-            linewidth=2.4 if name == "ours" else 1.5,
-            markersize=6 if name == "ours" else 5,
-            # Solid lines lie below, so that a broken line of the same figures shows on top.
-            zorder=2 + (style != "-"),
-            label=label,
-        )
-        axes.vlines(x, *zip(*(row["spread"] for row in line), strict=True), color=colour)
+        draw_line(axes, x, y, styles[name], label, is_bold=name == "ours")
+        axes.vlines(x, *zip(*(row["spread"] for row in line), strict=True), color=styles[name][0])
     if rows:
         ceiling = rows[0]["ceiling"]
-        axes.axhline(ceiling, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="matmul")
+        axes.axhline(ceiling, color=GREY, linewidth=1, linestyle=BROKEN, label="matmul")
     length_axis(axes, lengths)
     axes.set_ylim(bottom=0)
     tidy(axes)

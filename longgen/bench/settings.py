@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from longgen.bench.providers import Provider
-from longgen.bench.timing import Budget
+from longgen.bench.timing import Budget, quick_ceiling
 from longgen.bench.work import DIRECTIONS, Heads
 from longgen.pattern import SparsePattern
 
@@ -61,25 +61,12 @@ def quick_settings(settings: Settings, *, keep_lengths: bool) -> Settings:
         keep_lengths: whether the lengths were given by the user.
     """
     lengths = settings.lengths
+    ceiling = quick_ceiling(settings.device, DTYPES[settings.dtype], rounds=2)
     if settings.device.type != "cuda":
-        return replace(
-            settings,
-            lengths=lengths if keep_lengths else _CPU_LENGTHS,
-            budget=Budget(warmup_ms=5.0, repeat_ms=20.0, least=2, rounds=2),
-            matmul_size=512,
-            copy_bytes=1 << 24,
-        )
-    free, _ = torch.cuda.mem_get_info(settings.device)
+        return replace(settings, lengths=lengths if keep_lengths else _CPU_LENGTHS, **ceiling)
     if not keep_lengths:
+        free, _ = torch.cuda.mem_get_info(settings.device)
         shape = settings.shape
         per_token = (shape.heads + shape.kv_heads) * shape.head_dim * _BYTES_PER_ELEMENT
         lengths = (next((n for n in _GPU_LENGTHS if n * per_token < free // 2), _GPU_LENGTHS[-1]),)
-    return replace(
-        settings,
-        lengths=lengths,
-        budget=Budget(warmup_ms=50.0, repeat_ms=100.0, least=4, rounds=2),
-        # fp32 has no tensor cores on most cards: the same product would take seconds.
-        matmul_size=8192 if DTYPES[settings.dtype].itemsize == 2 else 4096,
-        copy_bytes=min(1 << 30, free // 8),
-        seconds=_SECONDS,
-    )
+    return replace(settings, lengths=lengths, seconds=_SECONDS, **ceiling)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -210,6 +211,29 @@ class Ceiling:
             "copy_spread": [self.copy.low / 1e12, self.copy.high / 1e12],
             "n": self.matmul.n,
         }
+
+
+def quick_ceiling(device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Return how a quick run measures: `budget`, `matmul_size` and `copy_bytes` of its settings.
+
+    Args:
+        device: where.
+        dtype: of the matrix product.
+        rounds: of the budget.
+    """
+    if device.type != "cuda":
+        return {
+            "budget": Budget(warmup_ms=5.0, repeat_ms=20.0, least=2, rounds=rounds),
+            "matmul_size": 512,
+            "copy_bytes": 1 << 24,
+        }
+    free, _ = torch.cuda.mem_get_info(device)
+    return {
+        "budget": Budget(warmup_ms=50.0, repeat_ms=100.0, least=4, rounds=rounds),
+        # fp32 has no tensor cores on most cards: the same product would take seconds.
+        "matmul_size": 8192 if dtype.itemsize == 2 else 4096,
+        "copy_bytes": min(1 << 30, free // 8),
+    }
 
 
 def measure_ceiling(

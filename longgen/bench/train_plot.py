@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from longgen.bench.inference_plot import STYLES
+from longgen.bench.panels import BROKEN, draw_line, save_panels
 from longgen.bench.summary import number
 from longgen.bench.train_settings import VARIANTS
 from longgen.bench.train_summary import rows_of
 from longgen.errors import UsageError
-from longgen.evaluate.figures import GREY, canvas, length_axis, save, tidy, write_ends
+from longgen.evaluate.figures import GREY, canvas, length_axis, tidy, write_ends
 from longgen.evaluate.results import Row, Rows
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ LABELS = {
 }
 _GIB = 1 << 30
 _PLANNED = "planned"
-_BROKEN = (0, (4, 3))
 
 
 def plot_train(rows: Rows, path: str | Path, *, title: str) -> Path:
@@ -57,21 +56,8 @@ def plot_train(rows: Rows, path: str | Path, *, title: str) -> Path:
     for one, (name, ylabel, value, say) in zip(axes, panels, strict=True):
         _panel(one, measured, lengths, ylabel, value, say)
         one.set_title(name, fontsize=10)
-    handles = {
-        text: handle
-        for one in axes
-        for handle, text in zip(*one.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=min(len(handles), 4 if len(panels) > 1 else 1),
-        edgecolor="none",
-        fontsize=9,
-    )
-    figure.suptitle(fill(title, int(10.5 * figure.get_figwidth())), fontsize=11)
-    return save(figure, path)
+    columns = 4 if len(panels) > 1 else 1
+    return save_panels(figure, axes, path, title=title, most_columns=columns)
 
 
 def _rate(row: Row) -> float:
@@ -100,19 +86,9 @@ def _panel(
         line = [row for row in rows if row["case"].endswith(f".{name}") and value(row) is not None]
         if not line:
             continue
-        colour, marker, style = STYLES[name]
+        colour = STYLES[name][0]
         x, y = [row["length"] for row in line], [value(row) or 0.0 for row in line]
-        axes.plot(
-            x,
-            y,
-            color=colour,
-            marker=marker,
-            linestyle=style,
-            linewidth=1.8,
-            markersize=5.5,
-            zorder=2 + (style != "-"),
-            label=LABELS[name],
-        )
+        draw_line(axes, x, y, STYLES[name], LABELS[name])
         if value is _rate:
             # A longer time is a lower speed.
             spreads = [
@@ -122,10 +98,10 @@ def _panel(
             axes.vlines(x, *zip(*spreads, strict=True), color=colour, linewidth=1)
         if value is _peak and all("planned_bytes" in row for row in line):
             planned = [row["planned_bytes"] / _GIB for row in line]
-            axes.plot(x, planned, color=colour, linewidth=0.9, linestyle=_BROKEN, zorder=1)
+            axes.plot(x, planned, color=colour, linewidth=0.9, linestyle=BROKEN, zorder=1)
         ends.append((x[-1], y[-1], say(y[-1]), colour))
     if value is _peak:
-        axes.plot([], color=GREY, linewidth=0.9, linestyle=_BROKEN, label=_PLANNED)
+        axes.plot([], color=GREY, linewidth=0.9, linestyle=BROKEN, label=_PLANNED)
     if value is _rate:
         axes.set_yscale("log")
         from matplotlib.ticker import FuncFormatter, LogLocator

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from longgen.bench.timing import Budget
+from longgen.bench.timing import Budget, quick_ceiling
 from longgen.errors import UsageError
 from longgen.plan import LayerPlan
 from longgen.shapes import SHAPES, ModelShape
@@ -110,22 +110,6 @@ def quick_lengths(device: torch.device) -> tuple[int, ...]:
 
 def quick_settings(settings: TrainSettings) -> TrainSettings:
     """Return settings that measure the same with less patience."""
-    if settings.device.type != "cuda":
-        return replace(
-            settings,
-            steps=2,
-            budget=Budget(warmup_ms=5.0, repeat_ms=20.0, least=2, rounds=1),
-            matmul_size=512,
-            copy_bytes=1 << 24,
-            seconds=_SECONDS,
-            seconds_each=4.0,
-        )
-    free, _ = torch.cuda.mem_get_info(settings.device)
-    return replace(
-        settings,
-        steps=3,
-        budget=Budget(warmup_ms=50.0, repeat_ms=100.0, least=4, rounds=1),
-        copy_bytes=min(1 << 30, free // 8),
-        seconds=_SECONDS,
-        seconds_each=8.0,
-    )
+    ceiling = quick_ceiling(settings.device, settings.dtype, rounds=1)
+    steps, patience = (3, 8.0) if settings.device.type == "cuda" else (2, 4.0)
+    return replace(settings, steps=steps, seconds=_SECONDS, seconds_each=patience, **ceiling)

@@ -30,7 +30,6 @@ from longgen.train.folder import check_folder, read_run, training_folder
 
 _DATA, _TRAINING, _MACHINE = "Data", "Training", "Machine and run"
 _TOKENS = ("context", "batch_tokens", "heldout_tokens")
-_TEXTS = ("model", "out", "pattern", "full_layers")
 
 
 def _option(
@@ -327,9 +326,6 @@ def resolve(given: dict[str, Any], *, resume: bool = False) -> ExtendConfig:
     Raises:
         UsageError: if something is missing or makes no sense; only small files are read.
     """
-    for name in _TEXTS:
-        if not isinstance(given.get(name, ""), str):
-            raise UsageError(f"{name} is {given[name]!r}; give text.")
     if "out" not in given:
         raise UsageError("Where should the hybrid go? Give a folder with --out.")
     chosen = {name: given[name] for name in (*PLAN_OPTIONS, "pattern") if name in given}

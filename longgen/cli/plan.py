@@ -129,11 +129,13 @@ def plan(
     if recipe is not None:
         found = Recipe.read(recipe)
         model, context = model or found.model, context or found.context
-        options, training = options.over(found.plan), training.over(found.train)
+        options = options.over(found.plan)
     if model is None:
         raise UsageError(f"Give MODEL, the folder of a checkpoint or one of {', '.join(SHAPES)}.")
     shape = load_shape(model)
     length = parse_tokens(context or "128K")
+    if recipe is not None:
+        training = found.options(training, length)
     layers = resolve_plan(shape, length, options, allow_hybrid=True)
     is_training = train or recipe is not None
     # GPUs that share a sequence are the fewest that a run takes.

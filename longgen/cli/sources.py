@@ -40,8 +40,11 @@ def read_data_recipe(path: str | Path) -> DataRecipe:
     """Read a recipe of data.
 
     Raises:
-        UsageError: if it is missing, not TOML, or holds what it should not.
+        UsageError: if it is missing, not TOML, or holds what `longgen pack` would refuse, for
+            between the two there may be hours.
     """
+    from longgen.data.pack import check_sources
+
     try:
         with open(path, "rb") as file:
             found = tomllib.load(file)
@@ -70,6 +73,10 @@ def read_data_recipe(path: str | Path) -> DataRecipe:
         if not all(isinstance(one, str) for one in entry.get("data", [])):
             raise UsageError(f"data of {what} is {entry['data']!r}; give a list of paths.")
         read[name] = entry
+    try:
+        check_sources([(name, f"in {path}", entry.get("weight")) for name, entry in read.items()])
+    except UsageError as error:
+        raise UsageError(f"The recipe {path}: {error}") from None
     context = parse_tokens(str(top["context"])) if "context" in top else None
     return DataRecipe(context, top.get("seed"), read)
 

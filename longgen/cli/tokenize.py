@@ -43,7 +43,7 @@ def tokenize(
             "--recipe",
             metavar="FILE",
             help="A TOML file of sources (docs/data.md), each of which goes to a folder of its "
-            "name in --out.",
+            "name in --out. The options below are then the default of its sources.",
         ),
     ] = None,
     workers: Annotated[
@@ -64,24 +64,29 @@ def tokenize(
         ),
     ] = False,
     join_folders: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--join-folders",
+            "--join-folders/--no-join-folders",
+            show_default=False,
             help="Make one long document of all text files in each sub-folder of a data folder, as "
-            "a code repository is one.",
+            "a code repository is one. [default: off]",
         ),
-    ] = False,
+    ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Key or column of the text in .jsonl, .parquet and datasets.")
-    ] = "text",
-    strict: Annotated[
-        bool,
+        str | None,
         typer.Option(
-            "--strict",
-            help="Refuse data that are empty, binary or not UTF-8, instead of skipping and "
-            "counting them.",
+            help="Key or column of the text in .jsonl, .parquet and datasets. [default: text]"
         ),
-    ] = False,
+    ] = None,
+    strict: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict/--no-strict",
+            show_default=False,
+            help="Refuse data that are empty, binary or not UTF-8, instead of skipping and "
+            "counting them. [default: off]",
+        ),
+    ] = None,
     add_bos: Annotated[
         bool | None,
         typer.Option(
@@ -109,8 +114,10 @@ def tokenize(
         raise UsageError("Where should the tokens go? Give a folder with --out.")
     if recipe is not None and data:
         raise UsageError("Both --recipe and --data were given; the recipe names the data.")
+    texts = {"join_folders": join_folders, "text_field": text_field, "strict": strict}
     marks = {"add_bos": add_bos, "add_eos": add_eos}
-    jobs: list[tuple[str, dict[str, Any] | None]]
+    given = {name: value for name, value in {**texts, **marks}.items() if value is not None}
+    jobs: list[tuple[str, dict[str, Any]]]
     if recipe is not None:
         if model is None:
             raise UsageError("Give MODEL, the folder of the checkpoint, for its tokenizer.")
@@ -121,18 +128,23 @@ def tokenize(
             if not source.get("data"):
                 raise UsageError(f"[sources.{name}] in {recipe} has no data; give paths.")
             chosen = {key: source[key] for key in _TEXT_OPTIONS if key in source}
-            fields = {"model": model, "data": tuple(source["data"]), **chosen, **marks}
+            fields = {"model": model, "data": tuple(source["data"]), **given, **chosen}
             jobs.append((str(Path(out) / name), fields))
+        if not jobs:
+            raise UsageError(
+                f"All sources of {recipe} name tokens that are there already; go on with `longgen "
+                "pack`, or give one of them data."
+            )
         if not resume:
             check_output(out)
     elif resume and not data:
-        jobs = [(out, None)]
+        # The rest stands in the folder.
+        jobs = [(out, given if model is None else {"model": model, **given})]
     else:
         if model is None or not data:
             what = "--data, what to tokenize" if model is not None else "MODEL (before --data)"
             raise UsageError(f"Something is missing: give {what}.")
-        texts = {"join_folders": join_folders, "text_field": text_field, "strict": strict}
-        jobs = [(out, {"model": model, "data": tuple(data), **texts, **marks})]
+        jobs = [(out, {"model": model, "data": tuple(data), **given})]
         if not resume:
             check_tokens_output(out)
     _run(jobs, workers, resume, recipe is not None, json)
@@ -156,7 +168,7 @@ def check_tokens_output(out: str) -> None:
 
 
 def _run(
-    jobs: list[tuple[str, dict[str, Any] | None]],
+    jobs: list[tuple[str, dict[str, Any]]],
     workers: int | None,
     resume: bool,
     several: bool,
@@ -164,22 +176,28 @@ def _run(
 ) -> None:
     from longgen.data.corpus import INFO_FILE
     from longgen.data.shards import open_tokens
+    from longgen.data.sources import find_inputs
     from longgen.data.tokenize import TokenizeSettings, read_plan, tokenize
 
     quiet_libraries()
     say = progress_lines()
     found = []
+    for folder, fields in jobs if several else ():
+        if not (read_plan(folder) or (Path(folder) / INFO_FILE).is_file()):
+            # Not when the sources before it have taken their hours.
+            settings = TokenizeSettings(**fields)
+            find_inputs(settings.to_dict()["data"], join_folders=settings.join_folders)
     for folder, fields in jobs:
         plan = read_plan(folder)
         finished = (Path(folder) / INFO_FILE).is_file()
-        if several and resume and finished and fields is not None:
+        if several and resume and finished:
             _check_finished(folder, TokenizeSettings(**fields).to_dict())
             corpus: Any = open_tokens(folder)
             say(f"{folder}: tokenized already")
         else:
-            if fields is None:
-                settings = plan["settings"] if plan else {"model": "", "data": ()}
-                fields = {**settings, "data": tuple(settings["data"])}
+            if "data" not in fields:
+                earlier = plan["settings"] if plan else {"model": "", "data": ()}
+                fields = {**earlier, "data": tuple(earlier["data"]), **fields}
             if several:
                 say(f"{folder}:")
             corpus = tokenize(

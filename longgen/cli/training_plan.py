@@ -17,14 +17,13 @@ from longgen.errors import UsageError
 from longgen.gpus import GpuGroup
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
-from longgen.train.config import PLAN_OPTIONS, ExtendConfig, read_recipe
-from longgen.training_memory import cheapest_that_fits, offloaded_bytes, training_memory
+from longgen.train.config import PLAN_OPTIONS, ExtendConfig, default_batch_tokens, read_recipe
+from longgen.training_memory import choose_checkpointing, offloaded_bytes, training_memory
 from longgen.training_setup import CHECKPOINTING, TrainingSetup
 from longgen.training_time import TrainingTime, training_time
 
 _PANEL = "Training (with --train)"
 _SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-_SWITCH = {"on": "full"}
 _DEFAULT_BUDGET = "5B"
 
 MFU_IS = (
@@ -103,7 +102,8 @@ BatchTokensOption = Annotated[
     typer.Option(
         "--batch-tokens",
         metavar="TOKENS",
-        help="Tokens in an optimizer step. [default: one sequence for each GPU or group of them]",
+        help="Tokens in an optimizer step. [default: one sequence for each GPU or group of them; "
+        "with --recipe as in `longgen extend`]",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -164,29 +164,26 @@ class Recipe:
         model: its model.
         context: its context, as text.
         plan: what chooses layers and pattern.
-        train: the training options.
+        train: the training options, as far as they stand there.
+        steps: its optimizer steps.
     """
 
     model: str | None
     context: str | None
     plan: PlanOptions
     train: TrainOptions
+    steps: int
 
     @classmethod
     def read(cls, path: str) -> Recipe:
         """Read a recipe of `longgen extend`.
 
         Raises:
-            UsageError: if it cannot be read, or its steps make no sense.
+            UsageError: if it cannot be read, or `longgen extend` would refuse what it holds.
         """
         found = read_recipe(path)
         defaults = {entry.name: entry.default for entry in fields(ExtendConfig)}
         known = {name: found[name] for name in (*PLAN_OPTIONS, "pattern") if name in found}
-        checkpointing = found.get("gradient_checkpointing")
-        batch_tokens, steps = found.get("batch_tokens"), found.get("steps", defaults["steps"])
-        budget = None
-        if batch_tokens is not None:
-            budget = str(parse_tokens(str(batch_tokens)) * int(steps))
         text = {name: found.get(name) for name in ("model", "context", "batch_tokens")}
         text = {name: None if value is None else str(value) for name, value in text.items()}
         switch = {"on": True, "off": False}
@@ -196,14 +193,23 @@ class Recipe:
             plan=PlanOptions(**known),
             train=TrainOptions(
                 context_parallel=found.get("context_parallel"),
-                checkpointing=_SWITCH.get(str(checkpointing), checkpointing),
+                checkpointing=found.get("gradient_checkpointing"),
                 offload=found.get("offload"),
                 sharding=found.get("sharding"),
                 compile=switch.get(str(found.get("compile"))),
                 batch_tokens=text["batch_tokens"],
-                tokens=budget,
             ),
+            steps=found.get("steps", defaults["steps"]),
         )
+
+    def options(self, given: TrainOptions, context: int) -> TrainOptions:
+        """Return the options of a command line over the recipe's, with the tokens of a step and of
+        all steps that `longgen extend` would take at this context."""
+        options = given.over(self.train)
+        batch = options.batch_tokens
+        step = default_batch_tokens(context) if batch is None else parse_tokens(batch)
+        tokens = options.tokens or str(step * self.steps)
+        return replace(options, batch_tokens=str(step), tokens=tokens)
 
 
 def parse_budget(text: str) -> int:
@@ -250,10 +256,12 @@ def training_figures(
         gpus=gpus.count,
         context_parallel=options.context_parallel or 1,
         sharding=options.sharding or "auto",
-        checkpointing="full" if checkpointing == "auto" else checkpointing,
         offload=bool(options.offload),
         compile=options.compile is not False,
     )
+    from longgen.parallel import check_divides
+
+    check_divides(context, setup.context_parallel)
     groups = gpus.count // setup.context_parallel
     wanted = options.batch_tokens
     batch_tokens = parse_tokens(wanted) if wanted else groups * batch * context
@@ -263,8 +271,7 @@ def training_figures(
         )
     sequences = batch_tokens // context
     setup = replace(setup, accumulates=sequences > groups * batch)
-    if checkpointing == "auto" and not setup.offload:
-        setup = cheapest_that_fits(shape, context, setup, plan, gpus.gpu.memory_bytes)
+    setup = choose_checkpointing(checkpointing, shape, context, setup, plan, gpus.gpu.memory_bytes)
     memory = training_memory(shape, context, setup, plan)
     step = training_time(shape, plan, context, gpus, setup, sequences)
     whole = training_time(shape, full_plan(shape), context, gpus, setup, sequences)

@@ -71,7 +71,9 @@ def pack_sources(
         UsageError: for anything that the user can put right; nothing is written then.
     """
     folder = check_output(out)
-    _check_names(sources)
+    if not sources:
+        raise UsageError("No tokens were given to pack. Name at least one folder of tokens.")
+    check_sources([(source.name, source.tokens, source.weight) for source in sources])
     made_by: dict[str, Any] | None = None if tokenizer is None else identity(tokenizer)
     corpora = []
     for source in sources:
@@ -178,32 +180,36 @@ def _pack_one(
     }
 
 
-def _check_names(sources: Sequence[PackSource]) -> None:
-    if not sources:
-        raise UsageError("No tokens were given to pack. Name at least one folder of tokens.")
-    for source in sources:
-        if not re.fullmatch(r"\w[\w.+-]*", source.name):
+def check_sources(sources: Sequence[tuple[str, str, float | None]]) -> None:
+    """Refuse sources whose names make no folders, or whose weights no mixture.
+
+    Args:
+        sources: name, what it is of, and weight of each.
+
+    Raises:
+        UsageError: with the source.
+    """
+    for name, what, _ in sources:
+        if not re.fullmatch(r"\w[\w.+-]*", name):
             raise UsageError(
-                f"The source {source.tokens} would be named {source.name!r}, which makes no folder "
-                "name. Give NAME=FOLDER with a name of letters, digits, _, -, + and dots."
+                f"The source {what} would be named {name!r}, which makes no folder name. Give it a "
+                "name of letters, digits, _, -, + and dots (NAME=FOLDER, or [sources.NAME])."
             )
-    names = [source.name for source in sources]
+    names = [name for name, _, _ in sources]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UsageError(
             f"Several sources are named {', '.join(twice)}. Give them names of their own, as "
             "NAME=FOLDER."
         )
-    if len({source.weight is None for source in sources}) > 1:
+    if len({weight is None for _, _, weight in sources}) > 1:
         raise UsageError(
             "Some sources have a weight and some have none. Give all of them one, or none: then "
             "each counts by its rows."
         )
-    for source in sources:
-        if source.weight is not None and not 0 < source.weight < float("inf"):
-            raise UsageError(
-                f"The weight of {source.name} is {source.weight}; give a number above 0."
-            )
+    for name, _, weight in sources:
+        if weight is not None and not 0 < weight < float("inf"):
+            raise UsageError(f"The weight of {name} is {weight}; give a number above 0.")
 
 
 def _check_ids(corpus: Any, made_by: dict[str, Any], folder: str) -> None:

@@ -134,7 +134,7 @@ def open_tokens(folder: str | Path) -> TokenizedCorpus | ShardedCorpus:
     try:
         info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
         shards = info["shards"] if info["format"] == SHARDS_FORMAT else None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return _open_datatrove(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(

@@ -3,18 +3,20 @@ output."""
 
 from __future__ import annotations
 
+import os
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from longgen.errors import UsageError
+from longgen.training_setup import CHECKPOINTING, SHARDINGS
 
 SWITCH = ("auto", "on", "off")
-# How several processes hold the model, and what layers keep for the backward pass.
-SHARDINGS = ("auto", "fsdp", "ddp")
-RECOMPUTE = ("auto", "off", "selective", "full")
+# What layers keep for the backward pass.
+RECOMPUTE = ("auto", *CHECKPOINTING)
 # Options that choose the layers and the pattern, which the config holds resolved.
 PLAN_OPTIONS = (
     "full_layers",
@@ -24,7 +26,6 @@ PLAN_OPTIONS = (
     "stride_blocks",
     "head_shift",
 )
-# What a step has by default, as near as whole sequences come to it.
 _BATCH_TOKENS = 131072
 _LOWEST = {
     "context": 2,
@@ -39,12 +40,23 @@ _LOWEST = {
     "save_steps": 1,
     "log_steps": 1,
 }
+_CHOICES = {"gradient_checkpointing": RECOMPUTE, "compile": SWITCH, "sharding": SHARDINGS}
+_OLD_WORDS = {("gradient_checkpointing", "on"): "full"}
+# Recipes may write numbers of tokens as text (128K), and hold what chooses layers and pattern.
+_IN_RECIPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("context", "batch_tokens", "heldout_tokens"), (int, str)),
+    **dict.fromkeys(PLAN_OPTIONS, (int,)),
+    "full_layers": (str,),
+    "pattern": (str,),
+    "data": (list, str),
+}
 _WORDS = {
     str: "text",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     tuple: "a list of paths",
+    list: "a list of paths",
     dict: "the fields of a pattern",
 }
 
@@ -125,34 +137,10 @@ class ExtendConfig:
     def __post_init__(self) -> None:
         if isinstance(self.data, list | tuple):
             object.__setattr__(self, "data", tuple(str(path) for path in self.data))
-        self._check_types()
-        for name, lowest in _LOWEST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= lowest:
-                raise UsageError(f"{name} is {value}; give at least {lowest}.")
-        for name in ("learning_rate", "max_grad_norm", "rope_theta"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UsageError(f"{name} is {value}; give a number above 0.")
-        if self.seed >= 1 << 32:
-            raise UsageError(f"seed is {self.seed}; give a number below 2**32.")
-        if self.weight_decay == float("inf"):
-            raise UsageError("weight_decay is inf; give a finite number.")
-        for name in ("recall_share", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; give a number from 0 to 1.")
-        if self.gradient_checkpointing == "on":
-            object.__setattr__(self, "gradient_checkpointing", "full")
-        for name, choices in (
-            ("gradient_checkpointing", RECOMPUTE),
-            ("compile", SWITCH),
-            ("sharding", SHARDINGS),
-        ):
-            if getattr(self, name) not in choices:
-                raise UsageError(
-                    f"{name} is {getattr(self, name)!r}; give {', '.join(choices[:-1])} or "
-                    f"{choices[-1]}."
-                )
+        for name, kinds in _kinds().items():
+            _check_kind(name, getattr(self, name), kinds)
+        for name in _kinds():
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
         if self.offload and self.gradient_checkpointing == "off":
             raise UsageError(
                 "offload moves what gradient checkpointing keeps to host memory, and "
@@ -161,24 +149,12 @@ class ExtendConfig:
         if not self.data:
             raise UsageError("No data were given to train on; name files, folders or globs.")
         if self.batch_tokens is None:
-            tokens = max(_BATCH_TOKENS // self.context, 1) * self.context
-            object.__setattr__(self, "batch_tokens", tokens)
+            object.__setattr__(self, "batch_tokens", default_batch_tokens(self.context))
         if self.sequences_per_step * self.context != self.batch_tokens:
             raise UsageError(
                 f"batch_tokens is {self.batch_tokens:,}; give a multiple of the context "
                 f"({self.context:,})."
             )
-
-    def _check_types(self) -> None:
-        """Refuse values of another kind than the field's: recipes can hold anything."""
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-            kinds = tuple(get_origin(one) or one for one in kinds)
-            if float in kinds:
-                kinds += (int,)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise UsageError(f"{name} is {value!r}; give {_WORDS[kinds[0]]}.")
 
     @property
     def sequences_per_step(self) -> int:
@@ -194,6 +170,10 @@ class ExtendConfig:
         """Return the settings as plain values, for the record beside the output."""
         return {**asdict(self), "data": list(self.data)}
 
+    def to_run(self) -> dict[str, Any]:
+        """Return the settings as a run records them, to be gone on with from any working folder."""
+        return _in_any_folder(self.to_dict())
+
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """Name the settings that would make a resumed run another run than the one that began with
         `earlier`."""
@@ -208,12 +188,67 @@ class ExtendConfig:
             "context_parallel",
             "sharding",
         }
-        mine = self.to_dict()
+        mine, earlier = self.to_run(), _in_any_folder(earlier)
         return [
             f"{name} was {earlier.get(name)!r} and is now {value!r}"
             for name, value in mine.items()
             if name not in free and earlier.get(name) != value
         ]
+
+
+def _in_any_folder(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings whose paths of model and data are absolute."""
+    data = [os.path.abspath(os.path.expanduser(path)) for path in settings.get("data", ())]
+    return {**settings, "model": os.path.abspath(settings.get("model", "")), "data": data}
+
+
+def default_batch_tokens(context: int) -> int:
+    """Return the tokens of a step where none are given: 128K, as near as whole sequences come."""
+    return max(_BATCH_TOKENS // context, 1) * context
+
+
+@cache
+def _kinds() -> dict[str, tuple[type, ...]]:
+    """Return what each setting may be."""
+    found = {}
+    for name, kind in get_type_hints(ExtendConfig).items():
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        kinds = tuple(get_origin(one) or one for one in kinds)
+        found[name] = (*kinds, int) if float in kinds else kinds
+    return found
+
+
+def _check_kind(name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    """Refuse a value of another kind than the setting's: recipes can hold anything."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise UsageError(f"{name} is {value!r}; give {_WORDS[kinds[0]]}.")
+
+
+def _checked(name: str, value: Any) -> Any:
+    """Return the value of a setting, which has the right kind, in the words of today.
+
+    Raises:
+        UsageError: if it is out of its range.
+    """
+    if value is None:
+        return None
+    if name in _LOWEST and not value >= _LOWEST[name]:
+        raise UsageError(f"{name} is {value}; give at least {_LOWEST[name]}.")
+    if name in ("learning_rate", "max_grad_norm", "rope_theta") and not 0 < value < float("inf"):
+        raise UsageError(f"{name} is {value}; give a number above 0.")
+    if name == "seed" and value >= 1 << 32:
+        raise UsageError(f"seed is {value}; give a number below 2**32.")
+    if name == "weight_decay" and value == float("inf"):
+        raise UsageError("weight_decay is inf; give a finite number.")
+    if name in ("recall_share", "min_lr_ratio") and not 0 <= value <= 1:
+        raise UsageError(f"{name} is {value}; give a number from 0 to 1.")
+    if name in _CHOICES:
+        value, choices = _OLD_WORDS.get((name, value), value), _CHOICES[name]
+        if value not in choices:
+            raise UsageError(
+                f"{name} is {value!r}; give {', '.join(choices[:-1])} or {choices[-1]}."
+            )
+    return value
 
 
 def check_context(context: int, original: int, model: str) -> None:
@@ -238,7 +273,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read a TOML recipe: keys are the long options of `longgen extend`, with - or _ between words.
 
     Raises:
-        UsageError: if the file is missing, not TOML, or has a key that is no option.
+        UsageError: if the file is missing, not TOML, has a key that is no option, or a value that
+            the option cannot have.
     """
     try:
         with open(path, "rb") as file:
@@ -259,6 +295,13 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             f"{'is' if len(unknown) == 1 else 'are'} no option of `longgen extend` (see its "
             "--help)."
         )
+    for name, value in recipe.items():
+        kinds = _IN_RECIPES.get(name)
+        try:
+            _check_kind(name, value, kinds or _kinds()[name])
+            recipe[name] = value if kinds else _checked(name, value)
+        except UsageError as error:
+            raise UsageError(f"In the recipe {path} {error}") from None
     return recipe
 
 

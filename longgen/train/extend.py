@@ -49,7 +49,7 @@ from longgen.train.processes import Processes
 from longgen.train.saving import newest_checkpoint
 from longgen.train.sharding import choose_sharding
 from longgen.train.trainer import Say
-from longgen.training_memory import cheapest_that_fits, training_memory
+from longgen.training_memory import choose_checkpointing, training_memory
 from longgen.training_setup import TrainingSetup
 
 
@@ -109,7 +109,9 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     try:
         packed: PackedDataset | Mixture
         if mixture is not None:
-            packed, text = mixture, mixture.heldout(config.heldout_tokens or 16 * config.context)
+            tokens = config.heldout_tokens
+            tokens = 16 * config.context if tokens is None else tokens
+            packed, text = mixture, mixture.heldout(tokens)
             processes.first(lambda: remember_data(folder, mixture, resume), lambda: None)
         else:
             corpus = processes.first(
@@ -203,19 +205,27 @@ def _fit(
     to be expected on each GPU."""
     gpus = machine_gpus()
     sharding = choose_sharding(config.sharding, processes.count, on_gpu=torch.cuda.is_available())
-    recompute = config.gradient_checkpointing
     setup = TrainingSetup(
         gpus=processes.count,
         context_parallel=processes.context_parallel,
         sharding="ddp" if sharding == "none" else sharding,
-        checkpointing="full" if recompute == "auto" else recompute,
         offload=config.offload,
         compile=config.compile == "on" or (config.compile == "auto" and gpus is not None),
         is_bf16=gpus is not None,
         accumulates=config.sequences_per_step > processes.data_parallel,
     )
-    if recompute == "auto" and gpus is not None:
-        setup = cheapest_that_fits(shape, config.context, setup, plan, gpus.gpu.memory_bytes)
+    memory_bytes = None
+    if gpus is not None:
+        # Cards may differ, but what is exchanged must not.
+        memory_bytes = int(min(processes.each(gpus.gpu.memory_bytes)))
+    setup = choose_checkpointing(
+        config.gradient_checkpointing,
+        shape,
+        config.context,
+        setup,
+        plan,
+        memory_bytes,
+    )
     memory = training_memory(shape, config.context, setup, plan)
     if gpus is not None:
         check_fits(memory, gpus, f"Training at {config.context:,} tokens", force=config.force)
@@ -227,7 +237,7 @@ def _begin(config: ExtendConfig, resume: bool, say: Say) -> Path | None:
     check_folder(config, resume)
     folder = training_folder(config.out)
     if not resume:
-        write_json(folder / RUN, config.to_dict())
+        write_json(folder / RUN, config.to_run())
         return None
     checkpoint, cut_off = newest_checkpoint(folder)
     for path in cut_off:

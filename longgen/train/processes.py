@@ -54,7 +54,8 @@ class Processes:
             raise UsageError(
                 f"context_parallel is {context_parallel}, but {count} "
                 f"{'process was' if count == 1 else 'processes were'} started. Start a multiple of "
-                f"it: torchrun --nproc-per-node {context_parallel} -m longgen extend ..."
+                f"it: torchrun --nproc-per-node {context_parallel} -m longgen ..., or "
+                "change context_parallel."
             )
         if count == 1:
             return cls()

@@ -228,11 +228,13 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not self.tokens:
             return
-        if not math.isfinite(logs["loss"]):
-            raise UsageError(
-                f"The loss became {logs['loss']} at step {state.global_step}: the training "
-                "diverged. Start again with a lower learning rate."
-            )
+        # Before the step is saved: weights that such gradients moved are lost.
+        for name, value in (("loss", logs["loss"]), ("gradients' norm", logs.get("grad_norm"))):
+            if value is not None and not math.isfinite(value):
+                raise UsageError(
+                    f"The {name} became {value} at step {state.global_step}: the training "
+                    "diverged. Start again with a lower learning rate."
+                )
         # Each process has counted the rows of its group.
         shares = self.processes.context_parallel
         tokens, flops = (n / shares for n in self.processes.sum([self.tokens, self.flops]))

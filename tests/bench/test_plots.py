@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from longgen.bench import plots
+from longgen.bench import panels
 from longgen.bench.plots import STYLES, cases_of, plot_attention, providers_of
 from longgen.bench.work import DIRECTIONS, PATTERNS
 from longgen.errors import UsageError
@@ -35,8 +35,8 @@ def test_the_picture_holds_every_panel_and_all_text(
     patterns: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: list[Any] = []
-    save = plots.save
-    monkeypatch.setattr(plots, "save", lambda fig, path: (figures.append(fig), save(fig, path))[1])
+    save = panels.save
+    monkeypatch.setattr(panels, "save", lambda fig, path: (figures.append(fig), save(fig, path))[1])
     given = rows(*patterns)
     given[0]["value"] = None
     file = plot_attention(given, tmp_path / "a.png", title="Attention on a card " * 6)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from longgen.bench import inference_plot, summary
+from longgen.bench import panels, summary
 from longgen.bench.inference_plot import LABELS, plot_inference
 from longgen.errors import UsageError
 
@@ -100,10 +100,8 @@ def test_the_picture_holds_all_lines_and_all_text(
 ) -> None:
     pytest.importorskip("matplotlib", reason="an extra: longgen[plots]")
     figures: list[Any] = []
-    save = inference_plot.save
-    monkeypatch.setattr(
-        inference_plot, "save", lambda fig, path: (figures.append(fig), save(fig, path))[1]
-    )
+    save = panels.save
+    monkeypatch.setattr(panels, "save", lambda fig, path: (figures.append(fig), save(fig, path))[1])
     given = rows(32768, 131072, 262144, 1048576)
     file = plot_inference(given, tmp_path / "i.png", title="A model on a card " * 9)
     assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and file.stat().st_size > 20_000

@@ -109,6 +109,7 @@ def test_a_gpu_is_asked_for(refused: Callable[..., str]) -> None:
         (("--variants", "hybrid,vllm"), "--variants has 'vllm'; choose from hybrid"),
         (("--variants", ","), "--variants has no name"),
         (("--checkpointing", "some"), "--checkpointing has 'some'; choose from none, off"),
+        (("--checkpointing", "none", "--offload"), "and checkpointing is off"),
         (("--lengths", ","), "at least one length of 2 tokens"),
         (("--lengths", "8K,lots"), "number of tokens 'lots'"),
         (("--layers", "7"), "--layers is 7; the model has 6, so give 1 to 6"),

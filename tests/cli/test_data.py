@@ -148,10 +148,39 @@ def test_one_folder_is_resumed_from_itself_alone(
         assert run(*command, "--workers", 1).code == 130
     again = run(*command)
     assert again.code == 2 and "add --resume" in again.err
+    for option, words in (
+        ("--strict", "strict was False and is now True"),
+        ("--text-field=body", "text_field was 'text' and is now 'body'"),
+        ("--no-add-eos", "add_eos was None and is now False"),
+    ):
+        other = run("tokenize", "--out", out, "--resume", option)
+        assert other.code == 2 and words in other.err
     resumed = run("tokenize", "--out", out, "--resume", "--workers", 1)
     assert resumed.code == 0 and "6 documents" in resumed.err
     finished = run("tokenize", "--out", out, "--resume")
     assert finished.code == 2 and "to its end already" in finished.err
+
+
+def test_options_are_the_default_of_a_recipes_sources(
+    run: Run, recipe: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    command = ("tokenize", tiny_checkpoint, "--recipe", recipe, "--out", tmp_path / "t")
+    made = run(*command, "--workers", 1, "--strict", "--text-field", "other", "--json")
+    assert made.code == 0, made.err
+    long, short = (one["settings"] for one in made.json["tokens"])
+    assert long["strict"] and short["strict"]
+    assert (long["text_field"], short["text_field"]) == ("other", "body")
+
+
+def test_all_of_a_recipe_is_found_before_any_of_it_is_tokenized(
+    refused: Callable[..., str], recipe: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    recipe.write_text(recipe.read_text().replace("short.jsonl", "gone.jsonl"))
+    command = ("tokenize", tiny_checkpoint, "--recipe", recipe, "--out", tmp_path / "t")
+    assert "gone.jsonl' does not exist" in refused(*command)
+    assert not (tmp_path / "t").exists()
+    recipe.write_text('[sources.a]\ntokens = "t"\n')
+    assert "name tokens that are there already" in refused(*command)
 
 
 def test_what_makes_no_sense_is_refused(
@@ -179,6 +208,7 @@ def test_what_makes_no_sense_is_refused(
     assert "How long should sequences be" in refused("pack", "x", *out)
     pack = ("pack", tmp_path / "tokens" / "long", *out, "--context", 128)
     assert "no tokenized documents" in refused("pack", tmp_path, *out, "--context", 128)
+    assert "no tokenized documents" in refused("pack", recipe, *out, "--context", 128)
     assert "long is 'keep'" in refused(*pack, "--long", "keep")
     assert "min_length is 129" in refused(*pack, "--min-length", 129)
     assert "'many'" in refused(*pack, "--heldout-tokens", "many")
@@ -241,6 +271,9 @@ def test_there_is_a_recipe_of_data() -> None:
         ("[sources.a]\nmin_length = 'x'", "'x'"),
         ("[sources]\na = 1", "give a table"),
         ("context = true\n[sources.a]\n", "context of"),
+        ('[sources."../a"]\n', "'../a', which makes no folder name"),
+        ("[sources.a]\nweight = -1", "The weight of a is -1; give a number above 0"),
+        ("[sources.a]\nweight = 1\n[sources.b]\n", "Some sources have a weight"),
     ],
 )
 def test_bad_recipes_of_data_are_refused(
@@ -249,6 +282,7 @@ def test_bad_recipes_of_data_are_refused(
     path = tmp_path / "r.toml"
     path.write_text(text)
     assert words in refused("pack", "--recipe", path, "--out", tmp_path / "o")
+    assert words in refused("tokenize", "m", "--recipe", path, "--out", tmp_path / "o")
     assert "cannot be read" in refused("pack", "--recipe", tmp_path / "x", "--out", "o")
 
 

@@ -15,6 +15,7 @@ from longgen.gpus import Gpu, GpuGroup, parse_gpus
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import SHAPES
+from longgen.train.config import ExtendConfig
 from longgen.training_memory import training_memory
 from longgen.training_setup import TrainingSetup
 from longgen.training_time import training_time
@@ -94,9 +95,61 @@ def test_a_recipe_is_planned_and_the_command_line_overrides_it(
     setup = found["training"]["setup"]
     assert (setup["context_parallel"], setup["checkpointing"]) == (4, "off")
     assert found["layers"].endswith("FFFF") and found["pattern"]["block_size"] == 64
+    # As many steps, of another size.
+    found = run("plan", "--recipe", recipe, "--json", "--batch-tokens", "1M").json
+    assert found["training"]["budget"]["tokens"] == 10 << 20
     # Another model, with the recipe's settings.
     found = run("plan", "qwen3-8b", "--recipe", recipe, "--gpus", "4xH200", "--json").json
     assert found["model"]["name"] == "qwen3-8b" and found["context"] == 65536
+
+
+def test_a_recipe_without_batch_tokens_has_the_step_that_training_has(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model = "llama-3-8b"\ncontext = "32K"\nsteps = 3\n')
+    found = run("plan", "--recipe", recipe, "--gpus", "2xH200", "--json").json["training"]
+    config = ExtendConfig(
+        model="m", out="o", context=32768, data=("d",), layers="F", pattern={}, steps=3
+    )
+    assert found["batch_tokens"] == config.batch_tokens
+    assert found["budget"]["tokens"] == 3 * found["batch_tokens"]
+
+
+def test_a_context_that_gpus_cannot_share_is_refused(refused: Callable[..., str]) -> None:
+    assert "cannot be cut into 8 equal parts" in refused(*EIGHT, "--context", 131071)
+    assert "and checkpointing is off" in refused(*EIGHT, "--checkpointing", "off", "--offload")
+
+
+def test_offloading_leaves_the_choice_of_checkpointing(run: Callable[..., Any]) -> None:
+    """As `longgen extend` does: attention's outputs are kept too where they fit."""
+    shown = run(*EIGHT, "--offload", "--json").json["training"]["setup"]
+    assert (shown["checkpointing"], shown["offload"]) == ("selective", True)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('steps = "many"', "steps is 'many'; give a whole number"),
+        ("steps = 0", "steps is 0; give at least 1"),
+        ('context_parallel = "x"', "context_parallel is 'x'; give a whole number"),
+        ('offload = "yes"', "offload is 'yes'; give true or false"),
+        ("compile = true", "compile is True; give text"),
+        ("full_layers = 3", "full_layers is 3; give text"),
+        ('block_size = "64"', "block_size is '64'; give a whole number"),
+        ("gradient_checkpointing = 'some'", "give auto, off, selective or full"),
+        ("data = 3", "data is 3; give a list of paths"),
+        ("context = 1.5", "context is 1.5; give a whole number"),
+    ],
+)
+def test_values_that_training_would_refuse_are_refused_in_a_plan(
+    refused: Callable[..., str], tmp_path: Path, line: str, sentence: str
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'model = "llama-2-7b"\n{line}\n')
+    error = refused("plan", "--recipe", recipe)
+    assert sentence in error and str(recipe) in error
+    assert sentence in refused("extend", "--recipe", recipe, "--out", tmp_path / "out")
 
 
 def test_without_gpus_as_many_as_share_a_sequence_are_planned_for(

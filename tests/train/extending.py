@@ -14,6 +14,8 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 
 from longgen.errors import UsageError
+from longgen.gpus import Gpu, GpuGroup
+from longgen.train import extend as extend_module
 from longgen.train.config import ExtendConfig
 from longgen.train.extend import extend
 from longgen.train.saving import OPTIMIZER
@@ -78,6 +80,15 @@ def extend_and_die(rank: int, config: ExtendConfig, step: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed_checkpoint, "save", die)
         extend_by_sgd(rank, config)
+
+
+def extend_on_uneven_cards(rank: int, config: ExtendConfig, sizes: list[int]) -> str:
+    """Extend where the estimate sees a card of `sizes[rank]` bytes; return the checkpointing."""
+    group = GpuGroup(1, Gpu(name="Tiny Card", memory_bytes=sizes[rank]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extend_module, "machine_gpus", lambda: group)
+        record = extend(config, say=lambda line: None)
+    return str(record["training"]["gradient_checkpointing"])
 
 
 def extend_wrongly(rank: int, config: ExtendConfig) -> list[tuple[str, str]]:

@@ -129,3 +129,18 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="is not TOML"):
         read_recipe(tmp_path / "binary.toml")
+
+
+def test_a_run_is_known_from_another_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields: dict[str, Any] = {"out": "o", "context": 128, "layers": "F", "pattern": {}}
+    monkeypatch.chdir(tmp_path)
+    begun = ExtendConfig(model="base", data=("text", "packed/a@0.5"), **fields)
+    run = begun.to_run()
+    assert run["model"] == str(tmp_path / "base")
+    assert run["data"] == [str(tmp_path / "text"), str(tmp_path / "packed" / "a@0.5")]
+    assert begun.differences(run) == begun.differences(begun.to_dict()) == []
+    monkeypatch.chdir(tmp_path.parent)
+    assert ExtendConfig(**run).differences(run) == []
+    assert "model was" in begun.differences(run)[0]

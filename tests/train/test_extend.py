@@ -23,7 +23,7 @@ from longgen.train import export as export_module
 from longgen.train import extend as extend_module
 from longgen.train.config import ExtendConfig
 from longgen.train.extend import HELDOUT, extend, training_folder
-from longgen.train.saving import WEIGHTS
+from longgen.train.saving import WEIGHTS, newest_checkpoint
 from longgen.train.trainer import LongGenTrainer, TrainingSequences
 
 Settings = Callable[..., ExtendConfig]
@@ -294,10 +294,32 @@ def test_auto_checkpoints_only_where_the_estimate_asks_for_it(settings: Settings
     assert training["gradient_checkpointing"] == "off"
 
 
+def test_what_broken_gradients_moved_is_not_saved(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of a step tells of the weights before it."""
+    step = LongGenTrainer.training_step
+
+    def breaking(trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = step(trainer, model, *args, **kwargs)
+        if trainer.state.global_step == 3:
+            next(model.parameters()).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(LongGenTrainer, "training_step", breaking)
+    config = settings()
+    with pytest.raises(UsageError, match="gradients' norm became nan at step 4"):
+        extend(config, say=lambda line: None)
+    newest, cut_off = newest_checkpoint(training_folder(config.out))
+    assert newest is not None and newest.name == "checkpoint-2" and not cut_off
+
+
 def test_a_diverged_run_is_no_hybrid(settings: Settings) -> None:
     """The checkpoints from before stay; a model of NaN is not written."""
     config = settings(steps=6, learning_rate=1e30, warmup_steps=0)
-    with pytest.raises(UsageError, match=r"loss became (nan|inf) at step .*lower learning rate"):
+    with pytest.raises(
+        UsageError, match=r"(loss|norm) became (nan|inf) at step .*lower learning rate"
+    ):
         extend(config, say=quiet)
     assert not (Path(config.out) / "config.json").exists()
 

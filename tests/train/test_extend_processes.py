@@ -20,7 +20,13 @@ from longgen.train.config import ExtendConfig
 from longgen.train.extend import extend, training_folder
 from longgen.train.saving import WEIGHTS, mark_whole, newest_checkpoint
 from tests.processes import run_processes, run_until_killed
-from tests.train.extending import extend_and_die, extend_by_sgd, extend_twice, extend_wrongly
+from tests.train.extending import (
+    extend_and_die,
+    extend_by_sgd,
+    extend_on_uneven_cards,
+    extend_twice,
+    extend_wrongly,
+)
 
 Settings = Callable[..., ExtendConfig]
 
@@ -155,3 +161,9 @@ def test_sharing_sequences_takes_processes(settings: Settings) -> None:
         UsageError, match=r"context_parallel is 2, but 1 process was started.*--nproc-per-node 2"
     ):
         extend(settings(context_parallel=2), say=lambda line: None)
+
+
+def test_processes_with_uneven_cards_choose_the_same_checkpointing(settings: Settings) -> None:
+    """Layers that are run again exchange again: all must do so, or one waits for ever."""
+    config = settings(context_parallel=2, steps=1, force=True)
+    assert run_processes(2, extend_on_uneven_cards, config, [80 << 30, 1 << 20]) == ["full"] * 2

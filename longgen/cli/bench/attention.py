@@ -13,15 +13,15 @@ from longgen.cli.bench.shared import (
     SeedOption,
     ask_for_gpu,
     choose_dtype,
-    draw,
     figures,
     open_results,
     refuse_unknown,
+    report,
     run_to_end,
     say_ceiling,
     split_list,
 )
-from longgen.cli.console import print_json, stdout_console
+from longgen.cli.console import stdout_console
 from longgen.cli.models import DeviceOption, find_device, progress_lines
 from longgen.cli.options import (
     BlockSizeOption,
@@ -171,19 +171,19 @@ def attention(
 
     def flush(row: dict[str, Any]) -> None:
         if file:
-            file.write(run.rows, _extra(run, settings))
+            file.write(run.rows, _extra(run))
 
     run = AttentionBench(settings, on_row=flush, say=say)
     run_to_end(run.run, file, say)
-    if file:
-        file.write(run.rows, _extra(run, settings), partial=False)
-        _draw(run, settings, Path(out or "."), say)
-    if json:
-        print_json({**_extra(run, settings), "rows": run.rows})
-    else:
-        _print_table(run)
-        if file:
-            stdout_console().print(f"Results are in {file.path.parent}")
+    report(
+        run.rows,
+        _extra(run),
+        file,
+        plot=lambda path: _plot(run, path),
+        show=lambda: _print_table(run),
+        json=json,
+        say=say,
+    )
 
 
 def _patterns(
@@ -263,7 +263,7 @@ def _packages(settings: Settings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(["triton", *found]))
 
 
-def _extra(run: AttentionBench, settings: Settings) -> dict[str, Any]:
+def _extra(run: AttentionBench) -> dict[str, Any]:
     """Return what belongs to the whole run: the card's own rates, how it was timed, what is not
     there."""
     return {
@@ -273,13 +273,14 @@ def _extra(run: AttentionBench, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _draw(run: AttentionBench, settings: Settings, folder: Path, say: Any) -> None:
+def _plot(run: AttentionBench, path: Path) -> None:
     from longgen.bench.plots import plot_attention
     from longgen.evaluate.results import card_name
 
+    settings = run.settings
     card = card_name(settings.device)
     title = f"Attention on {card}: {settings.shape}, {settings.dtype}, batch 1"
-    draw(lambda: plot_attention(run.rows, folder / "attention.png", title=title), say)
+    plot_attention(run.rows, path, title=title)
 
 
 def _print_table(run: AttentionBench) -> None:

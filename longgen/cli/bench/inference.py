@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from longgen.cli.bench.shared import (
     SHORTEST,
@@ -14,16 +13,19 @@ from longgen.cli.bench.shared import (
     SeedOption,
     ask_for_gpu,
     choose_dtype,
-    draw,
+    hybrid_plan,
     open_results,
     parse_lengths,
+    print_notes,
+    print_table,
     refuse_two_models,
     refuse_unknown,
+    report,
     run_to_end,
     say_ceiling,
     split_list,
 )
-from longgen.cli.console import print_json, stdout_console
+from longgen.cli.console import stdout_console
 from longgen.cli.models import DeviceOption, find_device, open_model, progress_lines
 from longgen.cli.options import (
     BlockSizeOption,
@@ -36,7 +38,6 @@ from longgen.cli.options import (
     SinkBlocksOption,
     StrideBlocksOption,
     parse_tokens,
-    resolve_plan,
 )
 from longgen.errors import UsageError
 from longgen.shapes import SHAPES, ModelShape, load_shape
@@ -214,15 +215,15 @@ def inference(
 
     run = InferenceBench(settings, load, on_row=flush, say=say)
     run_to_end(run.run, file, say)
-    if file:
-        file.write(run.rows, _extra(run), partial=False)
-        _draw(run, file.path.with_suffix(".png"), say)
-    if json:
-        print_json({**_extra(run), "rows": run.rows})
-    else:
-        _print_tables(run)
-        if file:
-            stdout_console().print(f"Results are in {file.path.parent}")
+    report(
+        run.rows,
+        _extra(run),
+        file,
+        plot=lambda path: _plot(run, path),
+        show=lambda: _print_tables(run),
+        json=json,
+        say=say,
+    )
 
 
 def _batches(text: str | None) -> tuple[int | str, ...] | None:
@@ -258,7 +259,6 @@ def _settings(
     from longgen.bench.inference_settings import (
         DEFAULT_VARIANTS,
         MOST,
-        TINY_PATTERN,
         VARIANTS,
         InferenceSettings,
         check_context,
@@ -283,24 +283,7 @@ def _settings(
         lengths = quick_lengths(device, most, decode_tokens) if quick else _LENGTHS
     if checkpoint is not None:
         check_context(name, found.max_position_embeddings, lengths, decode_tokens)
-    if found.is_hybrid or options.given or device.type == "cuda":
-        plan = resolve_plan(found, max(lengths), options, allow_hybrid=True)
-    else:
-        small = TINY_PATTERN
-        plan = resolve_plan(
-            found,
-            max(lengths),
-            PlanOptions(
-                block_size=small.block_size,
-                sink_blocks=small.sink_blocks,
-                local_blocks=small.local_blocks,
-            ),
-        )
-    if "S" not in plan.layers:
-        raise UsageError(
-            f"No layer of the plan ({plan}) is sparse, so there is no hybrid to compare with full "
-            "attention. Leave --pattern none and --full-layers all out, or give a hybrid."
-        )
+    plan = hybrid_plan(found, max(lengths), options, device)
     settings = InferenceSettings(
         name=name,
         shape=found,
@@ -338,7 +321,7 @@ def _extra(run: InferenceBench) -> dict[str, Any]:
     }
 
 
-def _draw(run: InferenceBench, path: Path, say: Any) -> None:
+def _plot(run: InferenceBench, path: Path) -> None:
     from longgen.bench.inference_plot import plot_inference
     from longgen.evaluate.results import card_name
 
@@ -350,7 +333,7 @@ def _draw(run: InferenceBench, path: Path, say: Any) -> None:
     )
     if few := settings.resident_layers:
         title += f"; weights of {few} layers, used by all in turn"
-    draw(lambda: plot_inference(run.rows, path, title=title), say)
+    plot_inference(run.rows, path, title=title)
 
 
 def _print_tables(run: InferenceBench) -> None:
@@ -364,18 +347,6 @@ def _print_tables(run: InferenceBench) -> None:
     if run.ceiling:
         console.print(say_ceiling(run.ceiling))
     for make in summary.TABLES:
-        head, lines = make(run.rows)
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in head:
-            table.add_column(column, justify="left" if column == "variant" else "right")
-        for line in lines:
-            table.add_row(*line)
-        console.print()
-        console.print(table)
-    console.print()
-    console.print("hybrid is: times as fast (in brackets: by arithmetic, at equal efficiency)")
-    for note in (*summary.throughput_lines(run.rows), *summary.failures(run.rows)):
-        console.print(note)
-    for skip in run.skipped:
-        where = f"{skip['variant']}, {skip['length']:,} tokens"
-        console.print(f"{where} left out: {skip['reason']}")
+        print_table(console, *make(run.rows))
+    notes = (*summary.throughput_lines(run.rows), *summary.failures(run.rows))
+    print_notes(console, notes, run.skipped)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from longgen.cli.console import three_figures
-from longgen.cli.options import parse_tokens
+from longgen.cli.console import print_json, stdout_console, three_figures
+from longgen.cli.options import PlanOptions, parse_tokens, resolve_plan
 from longgen.errors import UsageError
-from longgen.shapes import SHAPES
+from longgen.plan import LayerPlan
+from longgen.shapes import SHAPES, ModelShape
 
 if TYPE_CHECKING:
     import torch
@@ -146,6 +149,87 @@ def run_to_end(
     except KeyboardInterrupt:
         say("stopped; the rows so far are kept" if file else "stopped")
         raise
+
+
+def hybrid_plan(
+    found: ModelShape, context: int, options: PlanOptions, device: torch.device
+) -> LayerPlan:
+    """Return the plan of the hybrid that is compared with full attention; on a CPU, without
+    options, a pattern for its tiny lengths.
+
+    Raises:
+        UsageError: if the options do not fit the model, or leave no layer sparse.
+    """
+    from longgen.bench.inference_settings import TINY_PATTERN
+
+    if not (found.is_hybrid or options.given or device.type == "cuda"):
+        options = PlanOptions(
+            block_size=TINY_PATTERN.block_size,
+            sink_blocks=TINY_PATTERN.sink_blocks,
+            local_blocks=TINY_PATTERN.local_blocks,
+        )
+    plan = resolve_plan(found, context, options, allow_hybrid=True)
+    if "S" not in plan.layers:
+        raise UsageError(
+            f"No layer of the plan ({plan}) is sparse, so there is no hybrid to compare with full "
+            "attention. Leave --pattern none and --full-layers all out, or give a hybrid."
+        )
+    return plan
+
+
+def report(
+    rows: Sequence[dict[str, Any]],
+    extra: dict[str, Any],
+    file: ResultsFile | None,
+    *,
+    plot: Callable[[Path], object],
+    show: Callable[[], None],
+    json: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Write, draw and print what a benchmark has measured.
+
+    Args:
+        rows: all of them.
+        extra: what belongs to the whole run.
+        file: the results file; None where none was asked for, and nothing is drawn.
+        plot: draws the PNG of a path.
+        show: prints for people.
+        json: print one JSON object instead.
+        say: prints a line of progress.
+    """
+    if file:
+        file.write(rows, extra, partial=False)
+        path = file.path.with_suffix(".png")
+        draw(lambda: plot(path), say)
+    if json:
+        print_json({**extra, "rows": rows})
+        return
+    show()
+    if file:
+        stdout_console().print(f"Results are in {file.path.parent}")
+
+
+def print_table(console: Console, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table with an empty line before it; all columns but the variants' are figures."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in head:
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for line in lines:
+        table.add_row(*line)
+    console.print()
+    console.print(table)
+
+
+def print_notes(console: Console, notes: Iterable[str], skipped: Iterable[dict[str, Any]]) -> None:
+    """Print what stands below the tables of variants: notes, and what was left out and why."""
+    console.print()
+    console.print("hybrid is: times as fast (in brackets: by arithmetic, at equal efficiency)")
+    for note in notes:
+        console.print(note)
+    for skip in skipped:
+        where = f"{skip['variant']}, {skip['length']:,} tokens"
+        console.print(f"{where} left out: {skip['reason']}")
 
 
 def draw(plot: Callable[[], object], say: Callable[[str], None]) -> None:

@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from longgen.cli.bench.shared import (
     SeedOption,
     ask_for_gpu,
-    draw,
+    hybrid_plan,
     open_results,
     parse_lengths,
+    print_notes,
+    print_table,
     refuse_two_models,
     refuse_unknown,
+    report,
     run_to_end,
     say_ceiling,
     split_list,
 )
-from longgen.cli.console import is_first_process, print_json, stdout_console
+from longgen.cli.console import is_first_process, stdout_console
 from longgen.cli.models import DeviceOption, find_device, progress_lines, quiet_libraries
 from longgen.cli.options import (
     BlockSizeOption,
@@ -33,9 +35,7 @@ from longgen.cli.options import (
     PlanOptions,
     SinkBlocksOption,
     StrideBlocksOption,
-    resolve_plan,
 )
-from longgen.errors import UsageError
 from longgen.shapes import SHAPES, ModelShape, load_shape
 from longgen.training_setup import CHECKPOINTING, TrainingSetup
 
@@ -250,15 +250,15 @@ def train(
     run_to_end(run.run, file, say)
     if not is_first_process():
         return
-    if file:
-        file.write(run.rows, _extra(run), partial=False)
-        _draw(run, file.path.with_suffix(".png"), say)
-    if json:
-        print_json({**_extra(run), "rows": run.rows})
-    else:
-        _print_table(run)
-        if file:
-            stdout_console().print(f"Results are in {file.path.parent}")
+    report(
+        run.rows,
+        _extra(run),
+        file,
+        plot=lambda path: _plot(run, path),
+        show=lambda: _print_table(run),
+        json=json,
+        say=say,
+    )
 
 
 def _settings(
@@ -276,7 +276,6 @@ def _settings(
     quick: bool,
     force: bool,
 ) -> TrainSettings:
-    from longgen.bench.inference_settings import TINY_PATTERN
     from longgen.bench.train_settings import (
         VARIANTS,
         TrainSettings,
@@ -296,18 +295,7 @@ def _settings(
         layers = layers or few
     if lengths is None:
         lengths = quick_lengths(device) if quick else _LENGTHS
-    if not (found.is_hybrid or options.given or device.type == "cuda"):
-        options = PlanOptions(
-            block_size=TINY_PATTERN.block_size,
-            sink_blocks=TINY_PATTERN.sink_blocks,
-            local_blocks=TINY_PATTERN.local_blocks,
-        )
-    plan = resolve_plan(found, max(lengths), options, allow_hybrid=True)
-    if "S" not in plan.layers:
-        raise UsageError(
-            f"No layer of the plan ({plan}) is sparse, so there is no hybrid to compare with full "
-            "attention. Leave --pattern none and --full-layers all out, or give a hybrid."
-        )
+    plan = hybrid_plan(found, max(lengths), options, device)
     plan = cut(plan, layers or plan.num_layers)
     settings = TrainSettings(
         name=name,
@@ -344,7 +332,7 @@ def _extra(run: TrainBench) -> dict[str, Any]:
     }
 
 
-def _draw(run: TrainBench, path: Path, say: Any) -> None:
+def _plot(run: TrainBench, path: Path) -> None:
     from longgen.bench.train_plot import plot_train
     from longgen.evaluate.results import card_name
 
@@ -358,7 +346,7 @@ def _draw(run: TrainBench, path: Path, say: Any) -> None:
         f"{len(plan.full_layers)} of {plan.num_layers} full, {plan.pattern}, {step}, "
         f"checkpointing {settings.setup.checkpointing}"
     )
-    draw(lambda: plot_train(run.rows, path, title=title), say)
+    plot_train(run.rows, path, title=title)
 
 
 def _print_table(run: TrainBench) -> None:
@@ -371,18 +359,5 @@ def _print_table(run: TrainBench) -> None:
     if run.ceiling:
         console.print(say_ceiling(run.ceiling))
     head, lines = train_table(run.rows)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in head:
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    for line in lines:
-        table.add_row(*line)
-    console.print()
-    console.print(table)
-    console.print()
-    console.print("hybrid is: times as fast (in brackets: by arithmetic, at equal efficiency)")
-    console.print(MFU_IS)
-    for failure in failures(run.rows):
-        console.print(failure)
-    for skip in run.skipped:
-        where = f"{skip['variant']}, {skip['length']:,} tokens"
-        console.print(f"{where} left out: {skip['reason']}")
+    print_table(console, head, lines)
+    print_notes(console, (MFU_IS, *failures(run.rows)), run.skipped)
