@@ -138,8 +138,8 @@ def test_recipes_make_valid_runs(path: Path, tmp_path: Path) -> None:
     fields = {name: getattr(shape, name) for name in names}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config = resolve({**recipe, "model": str(tmp_path), "data": ["x"], "out": "o"})
-    context = config.context // 1024
-    assert f"_{context}k_" in path.stem or f"_{context // 1024}m_" in path.stem
+    context, name = config.context // 1024, f"{path.stem}_"
+    assert f"_{context}k_" in name or f"_{context // 1024}m_" in name
     assert config.num_sequences * config.context == config.steps * recipe["batch_tokens"]
 
 
