@@ -6,6 +6,7 @@ keys are put together by whichever program is last to arrive; only many parts ta
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ JOIN_NUMBERS = 8192
 AHEAD_KEYS = 64
 # The smallest side of a tile that tensor cores take.
 MIN_SIDE = 16
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -70,6 +72,33 @@ def _fetch(pointers: tl.tensor, sizes: tl.tensor) -> None:
         dtype=tl.int32,
         is_pure=False,
         pack=1,
+    )
+
+
+@triton.jit
+def _in_half(pairs: tl.tensor, WHICH: tl.constexpr) -> tl.tensor:
+    """Turn the first or the second e4m3 of each pair to fp16."""
+    if INTERPRETED:
+        bits = (pairs >> (8 * WHICH)).to(tl.uint8)
+        return bits.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    ORDER: tl.constexpr = "0x4431" if WHICH else "0x4420"
+    return tl.inline_asm_elementwise(
+        """
+        {
+            .reg .b32 both;
+            .reg .b16 two, rest;
+            prmt.b32 both, $1, 0, """
+        + ORDER
+        + """;
+            mov.b32 {two, rest}, both;
+            cvt.rn.f16x2.e4m3x2 $0, two;
+        }
+        """,
+        "=r,r",
+        [pairs],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=2,
     )
 
 
@@ -123,6 +152,7 @@ def _part(
     JOINS: tl.constexpr,
     HAS_NEW: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    PAIRS: tl.constexpr,
     AHEAD: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ) -> None:
@@ -130,8 +160,13 @@ def _part(
 
     EVEN_PAGES: pages are whole blocks. WHOLE: the part is all, and the result is written. JOINS:
     the last part to be done puts all together. HAS_NEW: `q_ptr` has the new token's queries, keys
-    and values, not rotated; the part that its key belongs to stores it. AHEAD: of how many keys
-    the first are fetched while the kernel ahead still runs.
+    and values, not rotated; the part that its key belongs to stores it. PAIRS: keys are e4m3 and
+    queries have 16 bits. AHEAD: how many of its keys a part has fetched while the kernel ahead
+    still runs.
+
+    Tensor cores don't multiply e4m3 with 16 bits. It fits into fp16, to which the GPU turns two at
+    a time (to bf16 it takes many instructions), and so do queries once their size is taken out.
+    Only 16 bits at once are quick to load transposed: pairs, which are then taken apart.
     """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_key_heads = tl.num_programs(1)
@@ -213,16 +248,19 @@ def _part(
             tl.store(v_ptr + new_at, new_v, mask=in_dim)
             # Other threads read it with its block.
             tl.debug_barrier()
-    # Tensor cores don't multiply e4m3 with 16 bits. It fits into fp16, to which the GPU turns it in
-    # one instruction (to bf16 it takes many), and queries do once their size is taken out.
-    IN_HALF: tl.constexpr = (k_ptr.dtype.element_ty == tl.float8e4nv) & (q.dtype == tl.bfloat16)
-    if IN_HALF:
+    out = tl.zeros((GROUP_TILE, DIM_TILE), tl.float32)
+    if PAIRS:
         size = tl.max(tl.abs(q.to(tl.float32)), 1)
         size = tl.where(size == 0.0, 1.0, size)
         q = (q.to(tl.float32) / size[:, None]).to(tl.float16)
+        q_first, q_second = tl.split(tl.reshape(q, (GROUP_TILE, DIM_TILE // 2, 2)))
+        k_pairs = k_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
+        v_pairs = v_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
+        pair_dim = tl.arange(0, DIM_TILE // 2)
+        out_first = tl.zeros((GROUP_TILE, DIM_TILE // 2), tl.float32)
+        out_second = tl.zeros((GROUP_TILE, DIM_TILE // 2), tl.float32)
     highest = tl.full((GROUP_TILE,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_TILE,), tl.float32)
-    out = tl.zeros((GROUP_TILE, DIM_TILE), tl.float32)
     for start in range(first, last, BLOCK):
         token = start + tl.arange(0, BLOCK)
         exists = token < last
@@ -234,16 +272,25 @@ def _part(
             else:
                 page = tl.load(table_at + token // page_size, mask=exists, other=0).to(tl.int64)
             place = page * page_stride + head * head_stride + (token % page_size) * token_stride
-        mask = exists[:, None] & in_dim[None, :]
-        k = tl.load(k_ptr + place[:, None] + dim[None, :], mask=mask, other=0.0).to(q.dtype)
-        v = tl.load(v_ptr + place[:, None] + dim[None, :], mask=mask, other=0.0).to(q.dtype)
+        if PAIRS:
+            mask = exists[:, None] & (pair_dim < HEAD_DIM // 2)[None, :]
+            pairs_at = (place // 2)[:, None] + pair_dim[None, :]
+            k = tl.load(k_pairs + pairs_at, mask=mask, other=0)
+            v = tl.load(v_pairs + pairs_at, mask=mask, other=0)
+        else:
+            mask = exists[:, None] & in_dim[None, :]
+            k = tl.load(k_ptr + place[:, None] + dim[None, :], mask=mask, other=0.0).to(q.dtype)
+            v = tl.load(v_ptr + place[:, None] + dim[None, :], mask=mask, other=0.0).to(q.dtype)
         seen = exists
         if HAS_VISIBLE:
             at = row * visible_row + head * visible_head + token
             seen = seen & (tl.load(visible_ptr + at, mask=exists, other=0) != 0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        if IN_HALF:
-            scores *= size[:, None]
+        if PAIRS:
+            scores = tl.dot(q_first, tl.trans(_in_half(k, 0)))
+            scores = tl.dot(q_second, tl.trans(_in_half(k, 1)), scores)
+            scores *= scale_log2 * size[:, None]
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         # A part that has seen nothing yet must not subtract infinity from itself.
@@ -251,8 +298,15 @@ def _part(
         weights = tl.exp2(scores - safe[:, None])
         shrink = tl.exp2(highest - safe)
         total = total * shrink + tl.sum(weights, 1)
-        out = out * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
+        if PAIRS:
+            halves = weights.to(tl.float16)
+            out_first = tl.dot(halves, _in_half(v, 0), out_first * shrink[:, None])
+            out_second = tl.dot(halves, _in_half(v, 1), out_second * shrink[:, None])
+        else:
+            out = out * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
         highest = new_highest
+    if PAIRS:
+        out = tl.interleave(out_first, out_second)
 
     pair = row * num_key_heads + head
     if WHOLE:
@@ -527,6 +581,10 @@ def paged_decode(
         JOINS=joins,
         HAS_NEW=rotary is not None,
         HAS_NORM=norms[0] is not None,
+        PAIRS=keys.dtype == torch.float8_e4m3fn
+        and q.element_size() == 2
+        and head_dim % 2 == 0
+        and dim_tile >= 2 * MIN_SIDE,
         AHEAD=ahead,
         OVERLAPS=overlaps,
         num_warps=tuning.num_warps if num_warps is None else num_warps,

@@ -80,7 +80,7 @@ def test_the_gate(rows: int, size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kept", ["fp8", torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("heads, key_heads, dim", [(4, 4, 16), (6, 2, 12)])
+@pytest.mark.parametrize("heads, key_heads, dim", [(4, 4, 32), (6, 2, 20)])
 @pytest.mark.parametrize("where", ["pages", "slots", "moving slots"])
 def test_rotating_and_attending(
     where: str, heads: int, key_heads: int, dim: int, normed: bool, kept: object

@@ -118,6 +118,7 @@ def test_attending_compiles(new: str, kept: str, splits: str) -> None:
             "JOINS": splits == "few",
             "HAS_NEW": bool(new),
             "HAS_NORM": "normed" in new,
+            "PAIRS": scaled,
             "AHEAD": 128 if new else 0,
             "OVERLAPS": bool(new),
         },
