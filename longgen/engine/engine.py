@@ -208,7 +208,7 @@ class Engine:
         writing: list[Request] = []
         spans: list[Span] = []
         decoding: list[Request] = []
-        likeliest: torch.Tensor | None = None
+        likeliest: list[int] | None = None
         for request, length in batch:
             assert request.slot is not None
             start = request.num_cached
@@ -223,14 +223,15 @@ class Engine:
                 writing.append(request)
         # A prompt's last but one token, read by itself, brings no token: not the runner's.
         if self.decode_runner is not None and not spans and len(writing) == len(decoding):
-            logits, likeliest = self.decode_runner(tokens, *self._places(decoding))
+            ahead = self._goes_on(decoding)
+            logits, likeliest = self.decode_runner(tokens, *self._places(decoding), ahead=ahead)
         else:
             decode = DecodeBatch.of(self.cache, *self._places(decoding))
             step = Step(self.cache, spans, decode if decoding else None, self.impl)
             logits = run(self.model, step, tokens, rows)
         chosen: list[int] = []
         if likeliest is not None and all(x.row.params.takes_likeliest for x in writing):
-            chosen = likeliest.tolist()
+            chosen = likeliest
         elif writing:
             chosen = self.sampler.sample(logits, [request.row for request in writing]).tolist()
         for request, length in batch:
@@ -252,6 +253,22 @@ class Engine:
     def _decodes(request: Request, length: int) -> bool:
         """Whether a request's part of a step is one token after others that the cache holds."""
         return length == 1 and request.num_cached > 0
+
+    def _goes_on(self, decoding: list[Request]) -> bool:
+        """Whether the step after this one will be of the same requests, their likeliest tokens and
+        the pages that they have, unless one ends or comes that nobody can foresee."""
+        return (
+            not self.scheduler.waiting
+            # Where strides move tokens, storing one again is not the same as once.
+            and not self.cache.geometry.num_strided
+            and all(
+                request.row.params.takes_likeliest
+                and len(request.output) + 1 < request.params.max_tokens
+                and request.num_cached + 2 <= len(request.block_table) * self.cache.page_size
+                and request.num_cached + 2 < self.max_length
+                for request in decoding
+            )
+        )
 
     @staticmethod
     def _places(requests: list[Request]) -> tuple[list[int], list[int], list[list[int]]]:
