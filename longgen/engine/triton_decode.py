@@ -33,7 +33,7 @@ BLOCK_BYTES = 1 << 15
 # For queries that have their keys alone or share them, for e4m3, and for few keys: the fastest of
 # 33 to 190 combinations each for 131,072 keys, or the 2,112 of a sparse layer, on an H100
 # (docs/experiments.md).
-ALONE, SHARED, EIGHT_BITS = Tuning(128, 8, 3, 8), Tuning(64, 4, 3, 4), Tuning(128, 8, 2, 2)
+ALONE, SHARED, EIGHT_BITS = Tuning(128, 8, 3, 8), Tuning(64, 4, 3, 4), Tuning(128, 8, 2, 8)
 FEW_ALONE, FEW_SHARED, FEW_EIGHT_BITS = (
     Tuning(32, 4, 2, 4),
     Tuning(32, 2, 4, 8),
@@ -48,8 +48,8 @@ MOST_SPLITS = 128
 # The most parts that the last program puts together by itself, and the numbers it holds at a time.
 JOIN_SPLITS = 32
 JOIN_NUMBERS = 8192
-# Keys that a program of a full layer has fetched before it may begin.
-AHEAD_KEYS = 64
+# Keys that a program of a full layer, or one of a sparse layer, has fetched before it may begin.
+AHEAD_KEYS, FEW_AHEAD_KEYS = 0, 32
 # The smallest side of a tile that tensor cores take.
 MIN_SIDE = 16
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -528,9 +528,7 @@ def paged_decode(
     norms = (None, None) if rotary is None else (rotary.q_norm, rotary.k_norm)
     ahead = 0
     if overlaps and rotary is not None and head_dim * keys.element_size() % 16 == 0:
-        # All that a sparse layer's program reads: meanwhile the memory has nothing else to do.
-        share = triton.cdiv(triton.cdiv(capacity, block), splits) * block
-        ahead = triton.next_power_of_2(share) if capacity <= FEW_KEYS else AHEAD_KEYS
+        ahead = FEW_AHEAD_KEYS if capacity <= FEW_KEYS else AHEAD_KEYS
     _part[(number, num_key_heads, splits)](
         q,
         keys,

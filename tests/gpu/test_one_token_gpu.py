@@ -173,6 +173,28 @@ def test_kernels_that_begin_early_change_nothing(
     assert all(text == texts[0] for text in texts)
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_logits_outlast_a_pass_that_began_ahead(number: int) -> None:
+    model = build(pattern=SINK, heads=4, key_value_heads=2).to("cuda")
+    results = []
+    for ahead in (False, True):
+        engine = Engine(model, max_length=512, max_sequences=number, page_size=128)
+        runner = engine.decode_runner
+        assert runner is not None and runner.capture
+        generator = torch.Generator("cuda").manual_seed(0)
+        for store in (*engine.cache.keys, *engine.cache.values):
+            store.normal_(generator=generator)
+        rows = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]][:number]
+        token, found = [5] * number, []
+        for length in range(300, 320):
+            slots = list(range(number))
+            logits, token = runner(token, [length] * number, slots, rows, ahead=ahead)
+            assert token == logits.argmax(-1).tolist()
+            found.append(logits.clone())
+        results.append(torch.stack(found))
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("pattern", [SINK, STRIDED], ids=["sink", "strided"])
 def test_bf16_rounds_no_worse_than_eager(
