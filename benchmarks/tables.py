@@ -119,6 +119,31 @@ def needle(name: str) -> list[str]:
     ]
 
 
+def attention_lengths(name: str) -> list[str]:
+    """Return the table of forward and backward rates of one attention benchmark over its lengths."""
+    results = newest(name)
+    rows = results["rows"]
+    lengths = sorted({row["length"] for row in rows})
+    labels = {name: provider.label for name, provider in registry().items()}
+    found = {(row["case"], row["provider"], row["length"]): row for row in rows if row["value"]}
+    lines = [
+        "| forward / backward | by | " + " | ".join(map(say_tokens, lengths)) + " |",
+        "|---|---|" + "---|" * len(lengths),
+    ]
+    for pattern in cases_of(rows):
+        head = pattern
+        for provider in providers_of(rows):
+            cells = []
+            for length in lengths:
+                keys = [(f"attention.{pattern}.{d}", provider, length) for d in DIRECTIONS]
+                pair = [found[key]["value"] for key in keys if key in found]
+                cells.append(" / ".join(f"{value:.0f}" for value in pair))
+            if any(cells):
+                lines.append(f"| {head} | {labels[provider]} | " + " | ".join(cells) + " |")
+                head = ""
+    return [*lines, "", "TFLOP/s. " + provenance(results)]
+
+
 def costs(name: str) -> list[str]:
     """Return the table of cache bytes held and decode time."""
     results = newest(name)
@@ -297,6 +322,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "needle": lambda: needle("twins"),
     "kv": lambda: costs("demo"),
     "attention": lambda: attention("attention"),
+    "attention_lengths": lambda: attention_lengths("attention-lengths"),
     "attention_gqa": lambda: attention("attention-gqa"),
     "inference": lambda: inference("inference"),
     "inference_gqa": lambda: inference("inference-gqa"),
