@@ -26,9 +26,9 @@ class Tuning(NamedTuple):
     num_warps: int
 
 
-# The fastest of 29 to 42 combinations for each product of Llama-2-7B and Llama-3-8B on an H100: all
-# at the speed of a copy.
-TUNING, GATED_TUNING = Tuning(2, 2048, 4), Tuning(2, 1024, 2)
+# Of 42 combinations for the products of Llama-2-7B most run at the speed of a copy on an H100; on an
+# H200 these were the fastest of six in the model (docs/experiments.md).
+TUNING, GATED_TUNING = Tuning(4, 2048, 8), Tuning(1, 4096, 8)
 
 
 @triton.jit
