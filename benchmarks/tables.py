@@ -120,7 +120,7 @@ def needle(name: str) -> list[str]:
 
 
 def attention_lengths(name: str) -> list[str]:
-    """Return the table of forward and backward rates of one attention benchmark over its lengths."""
+    """Return the table of one attention benchmark over lengths: forward and backward rates."""
     results = newest(name)
     rows = results["rows"]
     lengths = sorted({row["length"] for row in rows})

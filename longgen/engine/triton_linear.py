@@ -26,8 +26,8 @@ class Tuning(NamedTuple):
     num_warps: int
 
 
-# Of 42 combinations for the products of Llama-2-7B most run at the speed of a copy on an H100; on an
-# H200 these were the fastest of six in the model (docs/experiments.md).
+# Of 42 combinations for the products of Llama-2-7B most run at the speed of a copy on an H100; on
+# an H200 these were the fastest of six in the model (docs/experiments.md).
 TUNING, GATED_TUNING = Tuning(4, 2048, 8), Tuning(1, 4096, 8)
 
 
