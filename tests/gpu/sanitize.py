@@ -1,11 +1,13 @@
-"""One small case of each kind through the flash backend's kernels, for NVIDIA's checker of memory:
+"""One small case of each kind through the kernels of a backend, for NVIDIA's checker of memory:
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize flash
 
 Kernels should have been compiled before (`make test-gpu`): under the checker that takes an hour.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -16,7 +18,7 @@ from tests.gpu.test_flash_gpu import KEY_VALUE_HEADS, PATTERNS, layouts, shapes
 KINDS = ("plain", "offset", "packed", "left_padded", "caches")
 
 
-def main() -> None:
+def main(impl: str) -> None:
     """Run forward and backward, each pattern with its first shape."""
     seen = set()
     for name, group, head_dim in shapes():
@@ -37,11 +39,11 @@ def main() -> None:
                 device="cuda",
             )
             leaves = [x.requires_grad_() for x in inputs[:3]]
-            out = attention(*leaves, pattern=pattern, layout=layout, impl="flash")
+            out = attention(*leaves, pattern=pattern, layout=layout, impl=impl)
             torch.autograd.grad(out, leaves, inputs.grad)
             torch.cuda.synchronize()
             print(name, kind, group, head_dim, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

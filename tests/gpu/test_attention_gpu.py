@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -169,6 +170,21 @@ def test_flex(layout_mask: LayoutMask, name: str) -> None:
     # Other documents of the same total length must not compile again: training packs them anew at
     # every step.
     assert counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.skipif(not os.environ.get("LONGGEN_ALL_SHAPES"), reason="LONGGEN_ALL_SHAPES isn't set")
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("pattern", [FULL, SINK, STRIDED, BOTH], ids=str)
+@pytest.mark.parametrize("impl", ["flex", "blocked", "reference"])
+def test_all_shapes(
+    layout_mask: LayoutMask, impl: str, pattern: SparsePattern, group: int, head_dim: int
+) -> None:
+    for layouts in (plain(1001), packed(1001), offset(333)):
+        case = Case(pattern, layouts, 2, group, head_dim)
+        for layout in layouts:
+            mask = layout_mask(pattern, layout, case.key_value_heads).cuda()
+            ErrorBudget(case.inputs(), mask).check(impl, case.attend(layout, impl))
 
 
 @pytest.mark.parametrize("impl", ["flex", "blocked"])
