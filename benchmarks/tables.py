@@ -272,6 +272,7 @@ def train(name: str) -> list[str]:
     return [
         *lines,
         "",
+        *(f"- {note}" for note in train_summary.communication(rows)),
         *(f"- {note}" for note in train_summary.failures(rows)),
         f"- {results['shape']}, {plan.num_layers} of {results['layers_of']} layers: "
         f"{len(plan.full_layers)} full, {plan.pattern}; {'; '.join(how)}.",

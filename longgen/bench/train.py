@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from longgen.accounting import full_plan, training_flops
+from longgen.bench.communication import profile_communication
 from longgen.bench.failures import check_device, reason
 from longgen.bench.memory import peak_bytes, restart_peak
 from longgen.bench.timing import Ceiling, Clock, Spread, measure_ceiling
 from longgen.bench.train_settings import STOCK, TrainSettings
-from longgen.bench.train_step import make_step
+from longgen.bench.train_step import TrainStep, make_step
+from longgen.bench.train_summary import communication_share
 from longgen.errors import UsageError
 from longgen.evaluate.cost import timed
 from longgen.evaluate.results import card_name, say_bytes, say_tokens
@@ -170,6 +172,7 @@ class TrainBench:
                 )
             blame = f"train_step.{name} left the GPU unusable at {length:,} tokens: {error}"
             check_device(self.clock, blame, advice)
+        planned |= found.get("communication", {})
         peak = found.get("peak_bytes")
         return self._add(name, length, planned, times, peak, found.get("loss"), error)
 
@@ -198,7 +201,23 @@ class TrainBench:
                 times.append(seconds)
         peak = peak_bytes(device)
         peaks = self.processes.each(float(peak or 0))
-        return {"loss": value, "peak_bytes": int(max(peaks)) if peak is not None else None}
+        return {
+            "loss": value,
+            "peak_bytes": int(max(peaks)) if peak is not None else None,
+            "communication": self._communication(step),
+        }
+
+    def _communication(self, step: TrainStep) -> dict[str, float]:
+        """Make one more step to see what of it is communication: of the process with most."""
+        if self.processes.count == 1 or self.settings.device.type != "cuda":
+            return {}
+        step.forget_gradients()
+        self.processes.wait()
+        found = profile_communication(step.run)
+        return {
+            f"communication_{name}": max(self.processes.each(value))
+            for name, value in found._asdict().items()
+        }
 
     def _planned(self, name: str, length: int) -> dict[str, Any]:
         """Return what the plan says, for the variants that it knows."""
@@ -281,6 +300,8 @@ class TrainBench:
             }
             said = f"{spread.median:.4g} s, {rate:,.0f} tokens/s/GPU"
             said += f", MFU {row['mfu']:.0%}" if row["mfu"] else ""
+            if "communication_seconds" in row:
+                said += f", communication {communication_share(row)}"
             said += f", peak {say_bytes(peak)}" if peak else ""
             if peak and "planned_bytes" in row:
                 said += f" ({say_bytes(row['planned_bytes'])} planned)"

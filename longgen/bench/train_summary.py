@@ -78,6 +78,23 @@ def _planned(row: Row) -> str:
     return say_bytes(row["planned_bytes"]) if "planned_bytes" in row else ""
 
 
+def communication_share(row: Row) -> str:
+    """Return how much of a step is communication, and how much of it nothing else hides."""
+    busy, exposed = (row[f"communication_{name}"] for name in ("seconds", "exposed_seconds"))
+    return (
+        f"{busy / row['value']:.1%} of the step, {exposed / row['value']:.1%} with nothing beside"
+    )
+
+
+def communication(rows: Rows) -> list[str]:
+    """Return the communication of each row of several GPUs, a line a row."""
+    return [
+        f"{row['case']}, {say_tokens(row['length'])}: communication is {communication_share(row)}."
+        for row in rows
+        if row["value"] is not None and "communication_seconds" in row
+    ]
+
+
 def failures(rows: Rows) -> list[str]:
     """Return what was not measured, a line a row."""
     return [

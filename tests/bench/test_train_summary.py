@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from longgen.bench.train_plot import plot_train
-from longgen.bench.train_summary import failures, ratios, rows_of, train_table
+from longgen.bench.train_summary import communication, failures, ratios, rows_of, train_table
 from longgen.errors import UsageError
 
 SECONDS = {"hybrid": 5.5, "full": 10.1, "transformers": 13.9}
@@ -49,6 +49,15 @@ def test_rows_come_in_the_order_of_tables() -> None:
     found = list(rows_of([other, *reversed(rows)]))
     assert found[:3] == [(32768, "hybrid"), (32768, "full"), (32768, "transformers")]
     assert len(found) == 9
+
+
+def test_communication_is_said_where_it_was_measured() -> None:
+    rows = make_rows()
+    assert communication(rows) == []
+    rows[3] |= {"communication_seconds": 0.55, "communication_exposed_seconds": 0.11}
+    assert communication(broken(rows, 4)) == [
+        "train_step.hybrid, 128K: communication is 10.0% of the step, 2.0% with nothing beside."
+    ]
 
 
 def test_ratios_stand_beside_those_of_flops() -> None:

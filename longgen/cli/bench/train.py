@@ -350,7 +350,7 @@ def _plot(run: TrainBench, path: Path) -> None:
 
 
 def _print_table(run: TrainBench) -> None:
-    from longgen.bench.train_summary import MFU_IS, failures, train_table
+    from longgen.bench.train_summary import MFU_IS, communication, failures, train_table
 
     console, settings = stdout_console(), run.settings
     console.print(
@@ -360,4 +360,4 @@ def _print_table(run: TrainBench) -> None:
         console.print(say_ceiling(run.ceiling))
     head, lines = train_table(run.rows)
     print_table(console, head, lines)
-    print_notes(console, (MFU_IS, *failures(run.rows)), run.skipped)
+    print_notes(console, (MFU_IS, *communication(run.rows), *failures(run.rows)), run.skipped)
