@@ -1,4 +1,4 @@
-"""The parts of a decoder layer for one token, as few as there can be.
+"""The parts of a decoder layer for one token or a few, as few as there can be.
 
 They are bound by reading weights, and little happens in between: norms, rotary embedding, a gate,
 residuals. A kernel for each of these leaves the memory idle at every launch; here norms go into the
@@ -8,7 +8,7 @@ On NVIDIA GPUs these are Triton kernels, elsewhere plain PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,23 +72,21 @@ def project(
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multiply one token with up to three matrices, whose results lie end to end.
+    """Multiply tokens with up to three matrices, whose results lie end to end.
 
     Args:
-        x: (1, K).
+        x: (N, K); on a GPU N is at most `triton_few.MOST_TOKENS`.
         weights: each (rows, K), contiguous.
         biases: each (rows,) or None, as many as weights; nothing is all None.
         norm: of x, first.
-        residual: what is added to the result, (1, all rows).
+        residual: what is added to the result, (N, all rows).
 
     Returns:
-        (1, all rows) in x's dtype.
+        (N, all rows) in x's dtype.
     """
     biases = biases or [None] * len(weights)
     if use_triton(x.device):
-        from longgen.engine.triton_linear import matvec
-
-        return matvec(x, weights, biases, norm=norm, residual=residual)
+        return _product(x)(x, weights, biases, norm=norm, residual=residual)
     x = x if norm is None else norm.apply(x)
     out = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], 1)
     return out if residual is None else residual + out
@@ -97,23 +95,32 @@ def project(
 def project_gated(
     x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, norm: Norm
 ) -> torch.Tensor:
-    """Compute silu(gate x) * (up x) of one normed token.
+    """Compute silu(gate x) * (up x) of normed tokens.
 
     Args:
-        x: (1, K).
+        x: (N, K); on a GPU N is at most `triton_few.MOST_TOKENS`.
         gate: (rows, K), contiguous.
         up: (rows, K), contiguous.
         norm: of x, first.
 
     Returns:
-        (1, rows) in x's dtype.
+        (N, rows) in x's dtype.
     """
     if use_triton(x.device):
-        from longgen.engine.triton_linear import matvec
-
-        return matvec(x, (gate, up), (None, None), norm=norm, gated=True)
+        return _product(x)(x, (gate, up), (None, None), norm=norm, gated=True)
     x = norm.apply(x)
     return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+def _product(x: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return what multiplies so many tokens: one doesn't need tensor cores."""
+    if len(x) == 1:
+        from longgen.engine.triton_linear import matvec
+
+        return matvec
+    from longgen.engine.triton_few import multiply
+
+    return multiply
 
 
 def rotate_and_attend(

@@ -1,8 +1,8 @@
-"""A model's pass over one token of one sequence, in as few launches as it takes.
+"""A model's pass over one token of one sequence or of a few, in as few launches as it takes.
 
 transformers' layers, compiled, run any number of tokens; for a single one, which is bound by
 reading weights, this takes their weights and goes its own way: five launches a sparse layer, or six
-where strides move tokens.
+where strides move tokens. A few tokens take two more, for the norms.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from longgen.hf.head import LMHead
 from longgen.shapes import HYBRID_PREFIX
 
 _PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+# Of sequences that go this way together. Up to `triton_few.MOST_TOKENS` can; from two on it has not
+# been measured whether that is faster than the compiled layers.
+MOST_TOKENS = 1
 
 
 def can_run(model: Any) -> bool:
@@ -40,21 +45,21 @@ def can_run(model: Any) -> bool:
     )
 
 
-def logits_of(model: Any, batch: DecodeBatch, token: torch.Tensor) -> torch.Tensor:
-    """Put one new token through a model.
+def logits_of(model: Any, batch: DecodeBatch, tokens: torch.Tensor) -> torch.Tensor:
+    """Put one new token of each of a few sequences through a model.
 
     Args:
         model: a LongGen causal language model for which `can_run` is true.
-        batch: its one sequence and its place.
-        token: (1,), on the device.
+        batch: the sequences and the places of their tokens.
+        tokens: (N,), on the device.
 
     Returns:
-        logits (1, vocabulary).
+        logits (N, vocabulary).
     """
     # Kernels that begin early read of it before they wait for the one ahead.
     batch.prepare()
     decoder = model.model
-    hidden: torch.Tensor = decoder.embed_tokens(token)
+    hidden: torch.Tensor = decoder.embed_tokens(tokens)
     cos, sin = (x[0] for x in decoder.rotary_emb(hidden[None], batch.lengths[None] - 1))
     for index, layer in enumerate(decoder.layers):
         attention, mlp = layer.self_attn, layer.mlp
@@ -71,7 +76,10 @@ def logits_of(model: Any, batch: DecodeBatch, token: torch.Tensor) -> torch.Tens
             rotary = Rotary(cos, sin, Norm.of(attention.q_norm), Norm.of(attention.k_norm))
         out = batch.rotate_and_attend(index, qkv, rotary, attention.scaling)
         hidden = project(
-            out.view(1, -1), [attention.o_proj.weight], [attention.o_proj.bias], residual=hidden
+            out.view(len(tokens), -1),
+            [attention.o_proj.weight],
+            [attention.o_proj.bias],
+            residual=hidden,
         )
         gated = project_gated(
             hidden,

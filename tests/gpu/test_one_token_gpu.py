@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longgen.engine import Engine, SamplingParams, kernels
+from longgen.engine import Engine, SamplingParams, kernels, one_token
 from longgen.engine.kernels import Places
 from longgen.engine.linear import Norm, Rotary, Seen
 from longgen.pattern import SparsePattern
@@ -39,21 +39,27 @@ WAYS = (False, True) if HAS_BOTH else (False,)
         ((12, 3, 5), 72),
     ],
 )
-def test_products(rows: tuple[int, ...], size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("number", [1, 3, 16])
+def test_products(number: int, rows: tuple[int, ...], size: int, dtype: torch.dtype) -> None:
     """Against fp64, to twice what PyTorch makes of it; the same bits however kernels begin."""
-    from longgen.engine.triton_linear import matvec
+    if number == 1:
+        from longgen.engine.triton_linear import matvec as multiply
+    else:
+        from longgen.engine.triton_few import multiply  # type: ignore[no-redef]
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
     draw = {"device": "cuda", "dtype": dtype}
-    x, residual = torch.randn(1, size, **draw), torch.randn(1, sum(rows), **draw)
+    x, residual = torch.randn(number, size, **draw), torch.randn(number, sum(rows), **draw)
     weights = [torch.randn(count, size, **draw) / size**0.5 for count in rows]
     biases = [torch.randn(count, **draw) for count in rows]
     norm = Norm(torch.rand(size, **draw) + 0.5, 1e-5)
     every = torch.cat(weights)
     exact = exact_norm(x, norm) @ every.double().T + torch.cat(biases).double() + residual.double()
     eager = residual + F.linear(norm.apply(x), every, torch.cat(biases))
-    found = [matvec(x, weights, biases, norm=norm, residual=residual, overlaps=way) for way in WAYS]
+    found = [
+        multiply(x, weights, biases, norm=norm, residual=residual, overlaps=way) for way in WAYS
+    ]
     budget = 2 * (eager.double() - exact).square().mean().sqrt()
     floor = exact.square().mean().sqrt() * torch.finfo(dtype).eps
     assert (found[0].double() - exact).square().mean().sqrt() <= budget + floor
@@ -63,7 +69,7 @@ def test_products(rows: tuple[int, ...], size: int, dtype: torch.dtype) -> None:
         normed = exact_norm(x, norm)
         exact = F.silu(normed @ weights[0].double().T) * (normed @ up.double().T)
         eager = F.silu(F.linear(norm.apply(x), weights[0])) * F.linear(norm.apply(x), up)
-        out = matvec(x, (weights[0], up), (None, None), norm=norm, gated=True)
+        out = multiply(x, (weights[0], up), (None, None), norm=norm, gated=True)
         budget = 2 * (eager.double() - exact).square().mean().sqrt()
         floor = exact.square().mean().sqrt() * torch.finfo(dtype).eps
         assert (out.double() - exact).square().mean().sqrt() <= budget + floor
@@ -171,6 +177,34 @@ def test_kernels_that_begin_early_change_nothing(
         assert engine.decode_runner is not None and engine.decode_runner._one_token
     assert len(set(texts[0])) > 20
     assert all(text == texts[0] for text in texts)
+
+
+@pytest.mark.parametrize("pattern", [SINK, STRIDED], ids=["sink", "strided"])
+def test_a_few_sequences_round_no_worse_than_eager(
+    pattern: SparsePattern, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(one_token, "MOST_TOKENS", 8)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = build(
+        pattern=pattern,
+        layers="SFFS",
+        heads=8,
+        key_value_heads=2,
+        head_dim=64,
+        hidden_size=512,
+        intermediate_size=1024,
+        vocab_size=2048,
+        max_position_embeddings=4096,
+        initializer_range=0.06,
+    ).cuda()
+    prompts = [
+        (31 * tokens(n, seed=n) + tokens(n, seed=n + 1)).remainder(2048).tolist()
+        for n in (900, 40, 333, 1200, 700)
+    ]
+    found = compare(model, prompts, 60, 512)
+    with capsys.disabled():
+        print(f"\n5 sequences, {pattern}\n{found.summary()}")
+    found.check()
 
 
 @pytest.mark.parametrize("number", [1, 3])
