@@ -151,6 +151,11 @@ class EngineCache:
                     store[slot].zero_()
 
     @property
+    def moves_tokens(self) -> bool:
+        """Whether a new token moves others: strides in sparse layers keep what leaves the ring."""
+        return "S" in self.plan.layers and self.geometry.num_strided > 0
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that all pages and slots hold, used or not, what is to spare too."""
         return sum(x.untyped_storage().nbytes() for x in (*self.keys, *self.values))

@@ -15,7 +15,8 @@ def check_model(model: Any) -> Any:
     """Return a hybrid's config.
 
     Raises:
-        UsageError: if the model is no hybrid.
+        UsageError: if the model is no hybrid, or its rotary embedding depends on how long the
+            sequences are that go through it together.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "layer_plan"):
@@ -23,6 +24,13 @@ def check_model(model: Any) -> Any:
             f"The engine runs LongGen hybrids, and {type(model).__name__} isn't one. Convert its "
             "checkpoint with `longgen convert` (with --full-layers all if none of its layers is to "
             "be sparse)."
+        )
+    kind = (config.rope_parameters or {}).get("rope_type", "default")
+    if "dynamic" in kind or kind == "longrope":
+        raise UsageError(
+            f"The model's rotary embedding is of type {kind!r}, whose frequencies follow the "
+            "longest sequence of a step: in the engine one request would change another's text. "
+            "Use model.generate(), or convert a model with another type."
         )
     return config
 

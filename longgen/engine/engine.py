@@ -209,8 +209,10 @@ class Engine:
         spans: list[Span] = []
         decoding: list[Request] = []
         likeliest: list[int] | None = None
+        ahead = False
         for request, length in batch:
             assert request.slot is not None
+            request.is_sound = False
             start = request.num_cached
             if self._decodes(request, length):
                 decoding.append(request)
@@ -241,6 +243,8 @@ class Engine:
             if token < 0:
                 self._end(request, "error", self.sampler.explain(logits[index], request.row))
                 continue
+            # What a pass that began ahead has stored of this token, nobody has seen a result of.
+            request.is_sound = not ahead
             try:
                 self._put(request, token)
             except Exception as failure:
@@ -259,12 +263,12 @@ class Engine:
         the pages that they have, unless one ends or comes that nobody can foresee."""
         return (
             not self.scheduler.waiting
-            # Where strides move tokens, storing one again is not the same as once.
-            and not self.cache.geometry.num_strided
+            # There, storing a token again is not the same as once.
+            and not self.cache.moves_tokens
             and all(
                 request.row.params.takes_likeliest
                 and len(request.output) + 1 < request.params.max_tokens
-                and request.num_cached + 2 <= len(request.block_table) * self.cache.page_size
+                and self.cache.num_pages_for(request.num_cached + 2) <= len(request.block_table)
                 and request.num_cached + 2 < self.max_length
                 for request in decoding
             )
@@ -304,7 +308,6 @@ class Engine:
 
     def _put(self, request: Request, token: int) -> None:
         """Add a chosen token to its request."""
-        request.is_sound = True
         params = request.params
         is_end = token in params.stop_token_ids or (
             token in self.eos_token_ids and not params.ignore_eos

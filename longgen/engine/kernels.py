@@ -42,10 +42,12 @@ def decode_attention(
         q: (N, H, D).
         keys: (pages, P, Hkv, D); H is a multiple of Hkv.
         values: (pages, P, Hkv, D).
-        block_tables: each sequence's pages in order, (N, most), integers. A slot is a sequence's
-            only page.
+        block_tables: each sequence's pages in order, (N, most), integers, rows without gaps. A
+            slot is a sequence's only page.
         scale: factor on the scores.
         lengths: keys of each sequence, from its first page on, (N,); None if `visible` says all.
+            From Hopper on these and `block_tables` are read before the kernel ahead is done: it
+            must not be the one that writes them.
         visible: bool (N, heads, most * P) with heads 1 or Hkv: keys that are seen.
         scales: factors (2, Hkv) that turn stored keys and values into what was meant; None where
             they are the same.

@@ -7,18 +7,26 @@ where strides move tokens. A few tokens take two more, for the norms.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers.activations import ACT2FN
+from transformers.utils import output_capturing
 
 from longgen.engine.decode import DecodeBatch
 from longgen.engine.linear import Norm, Rotary, project, project_gated
 from longgen.hf import FAMILIES
+from longgen.hf import compile as compiling
 from longgen.hf.head import LMHead
 from longgen.shapes import HYBRID_PREFIX
 
-_PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Classes of a family's layers in transformers, behind its prefix.
+_CLASSES = ("DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+# Whose hooks do nothing that is missing here.
+_HOOKS_OF = (compiling.__name__, output_capturing.__name__)
 
 
 # Of sequences that go this way together. Up to `triton_few.MOST_TOKENS` can; from two on it has not
@@ -27,21 +35,43 @@ MOST_TOKENS = 1
 
 
 def can_run(model: Any) -> bool:
-    """Whether a model is what this module computes: a family of ours, whose products are plain
-    (not quantised, no adapters) and lie in memory as PyTorch makes them."""
-    config = model.config
-    if config.model_type.removeprefix(HYBRID_PREFIX) not in FAMILIES or config.hidden_act != "silu":
+    """Whether a model is what this module computes: a family of ours in transformers' own layers,
+    with nothing put in their place or added (quantised products, adapters, hooks), on one device,
+    whose weights lie in memory as PyTorch makes them."""
+    family = model.config.model_type.removeprefix(HYBRID_PREFIX)
+    if family not in FAMILIES:
         return False
-    products = [
-        module for name, module in model.model.layers.named_modules() if name.endswith(_PRODUCTS)
-    ]
+    decoder, (prefix, _) = model.model, FAMILIES[family]
+    modeling = sys.modules[getattr(transformers, f"{prefix}Model").__module__]
+    known = {getattr(modeling, prefix + name) for name in _CLASSES}
+    known |= {nn.Linear, nn.Embedding, nn.ModuleList, type(ACT2FN["silu"]), type(decoder)}
     return (
-        len(products) == len(_PRODUCTS) * len(model.model.layers)
-        and all(type(module) is nn.Linear for module in products)
-        and type(model.lm_head) is LMHead
-        and all(module.weight.is_contiguous() for module in (*products, model.lm_head))
-        and all(layer.mlp.gate_proj.bias is None for layer in model.model.layers)
+        type(model.lm_head) is LMHead
+        and all(type(module) in known for module in decoder.modules())
+        and not any(map(_is_changed, (*decoder.modules(), model.lm_head)))
+        # Quantised weights and parts of them are tensors of classes of their own.
+        and all(type(x) is nn.Parameter and x.is_contiguous() for x in model.parameters())
         and len({x.device for x in model.parameters()}) == 1
+        and all(_has_known_biases(layer) for layer in decoder.layers)
+    )
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module does more than its class says."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return "forward" in vars(module) or any(
+        getattr(hook, "__module__", None) not in _HOOKS_OF for hook in hooks
+    )
+
+
+def _has_known_biases(layer: Any) -> bool:
+    """Whether queries, keys and values all have a bias or none has, and the gate has none."""
+    attention, mlp = layer.self_attn, layer.mlp
+    ways = attention.q_proj, attention.k_proj, attention.v_proj
+    return (
+        len({way.bias is None for way in ways}) == 1
+        and mlp.gate_proj.bias is None
+        and mlp.up_proj.bias is None
     )
 
 

@@ -31,7 +31,7 @@ class Request:
         num_cached: tokens of prompt and output whose keys and values are in the cache.
         slot: its slot in sparse layers, while it runs.
         block_table: its pages in full layers, while it runs.
-        is_sound: whether a token was chosen since it has its slot: what it holds are numbers.
+        is_sound: whether a token was chosen after all that its slot holds: these are numbers.
         failed_alone: whether memory ran out when last it was in a step, alone and with few tokens.
         num_preempted: how often it lost its place and had to be read again.
         detokenizer: turns tokens into text as they come; None where no text is wanted.

@@ -112,7 +112,8 @@ class _Buffers:
         if not self._under_way:
             return False
         same = self._began_with == numbers and all(
-            held is table for (held, _), table in zip(self._held, tables, strict=False)
+            held is table and count == len(table)
+            for (held, count), table in zip(self._held, tables, strict=False)
         )
         if not same:
             self.drop()
@@ -168,11 +169,14 @@ class _Buffers:
         if table is not held or held is None:
             count = 0
         pages = [self.cache.spare_page] if table is None else table[count:]
-        if not pages or (table is None and self._held[row] == (None, 1)):
+        if table is None and self._held[row] == (None, 1):
             return False
-        self._host_tables[row, count : count + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        if pages:
+            new = torch.tensor(pages, dtype=torch.int32)
+            self._host_tables[row, count : count + len(pages)] = new
+        # Also where there are no pages, without full layers: `began` asks whose row it is.
         self._held[row] = table, count + len(pages)
-        return True
+        return bool(pages)
 
 
 class DecodeRunner:
@@ -251,6 +255,8 @@ class DecodeRunner:
             return buffers.take(numbers)
         except BaseException:
             buffers.drop()
+            # The device's tables may be older than the host's, or no sequence's.
+            buffers.forget()
             raise
 
     def _launch(self, buffers: _Buffers) -> None:
@@ -285,20 +291,15 @@ class DecodeRunner:
         kept = [x.clone() for x in (buffers.numbers, buffers.tables)]
         buffers.lengths.zero_()
         buffers.tables.fill_(self.cache.spare_page)
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._run(buffers)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
                 self._run(buffers)
-        except BaseException:
-            # The tables on the device are no sequence's now.
-            buffers.forget()
-            raise
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._run(buffers)
         self._pool = self._pool or graph.pool()
         buffers.graph = graph
         buffers.numbers.copy_(kept[0])

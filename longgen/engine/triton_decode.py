@@ -509,10 +509,13 @@ def paged_decode(
     joins = arrivals is not None and 1 < splits <= most
     # The kernels have one set of strides for both, and go by rows.
     assert keys.stride() == values.stride() and keys.stride(3) == 1
+    assert page_size * keys.stride(1) < 2**31, "places within a page are 32 bit numbers"
     assert scales is None or scales.is_contiguous()
     assert arrivals is None or arrivals.is_contiguous()
     q = q if q.stride(2) == 1 else q.contiguous()
-    tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
+    # Read before the kernel ahead is done, which must not be one that copies them.
+    tables = block_tables
+    assert tables.stride(1) == 1 or tables.shape[1] == 1
     seen = visible if visible is None or visible.stride(2) == 1 else visible.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts = stats = out

@@ -15,6 +15,7 @@ from longgen.engine.runner import DecodeRunner
 from longgen.engine.sizes import PATIENCE, StepSizes
 from longgen.errors import UsageError
 from tests.engine.test_engine import expected_tokens, small_engine
+from tests.hf.conftest import SINK
 
 Tokens = Callable[..., torch.Tensor]
 Run = Callable[..., torch.Tensor]
@@ -221,6 +222,46 @@ def test_numbers_that_are_none_stay_with_their_request(
         embedding[90] = kept
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("ends", ["at it", "before it", "by cancelling", "by an interrupt"])
+def test_numbers_that_become_none_are_cleared(
+    build: Callable[..., Any], tokens: Tokens, fixed: bool, ends: str
+) -> None:
+    """A token is written whose embedding is damaged: read once, or in a pass that began ahead."""
+    model = build(pattern=SINK)
+    (prompt,) = ids(tokens, 20)
+    text = expected_tokens(model, prompt, 30)
+    place = next(i for i in range(5, 30) if text[i] not in [*prompt, *text[:i]])
+    model.model.embed_tokens.weight.data[text[place]] = torch.nan
+    engine = small_engine(model, max_sequences=2)
+    if fixed:
+        engine.decode_runner = DecodeRunner(model, engine.cache, capture=False)
+    stop = (text[place],) if ends == "before it" else ()
+    params = SamplingParams(max_tokens=30, ignore_eos=True, stop_token_ids=stop)
+    request = engine.requests[engine.add_request(prompt, params)]
+    while len(request.output) <= place:
+        engine.step()
+    if ends == "by cancelling":
+        engine.cancel(request.id)
+    if ends == "by an interrupt":
+        done, engine.sampler.explain = engine.sampler.explain, interrupt  # type: ignore
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        engine.sampler.explain = done  # type: ignore
+    else:
+        run_to_end(engine)
+        assert request.output == text[: place + 1]
+        reasons = {"at it": "error", "before it": "stop", "by cancelling": "cancelled"}
+        assert request.finish_reason == reasons[ends]
+    cache = engine.cache
+    for kind, *stores in zip(cache.plan.layers, cache.keys, cache.values, strict=True):
+        assert kind == "F" or all(store.isfinite().all() for store in stores)
+
+
+def interrupt(*_: Any) -> str:
+    raise KeyboardInterrupt
+
+
 def test_no_request_decides_how_others_are_kept_in_eight_bits(model: Any, tokens: Tokens) -> None:
     embedding = model.model.embed_tokens.weight.data
     kept = embedding[[90, 91]].clone()
@@ -290,6 +331,20 @@ def test_prompts_may_be_tensors_and_params_must_be_params(model: Any, tokens: To
     with pytest.raises(UsageError, match=r"params is \{'max_tokens': 3\}; give SamplingParams"):
         engine.add_request([5], bad)
     assert not engine.has_unfinished
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_follow_the_longest_are_refused(
+    build: Callable[..., Any], kind: str
+) -> None:
+    """One request would turn another's keys."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+        rope |= factors | {"original_max_position_embeddings": 128}
+    model = build(rope_parameters=rope)
+    with pytest.raises(UsageError, match=f"embedding is of type '{kind}', whose frequencies"):
+        small_engine(model)
 
 
 def test_a_pool_too_small_for_the_prompt_says_so(model: Any) -> None:

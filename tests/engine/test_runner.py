@@ -36,22 +36,159 @@ def count_passes(engine: Engine) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize(("given", "ahead"), [({}, True), ({"temperature": 0.5}, False)])
+def in_place(runner: Any) -> None:
+    """Have all passes of one size leave their results in one place, as recorded ones do."""
+    run = runner._run
+    places: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def into_place(buffers: Any) -> None:
+        run(buffers)
+        found = buffers.logits, buffers.likeliest
+        place = places.setdefault(buffers, tuple(x.clone() for x in found))
+        buffers.logits, buffers.likeliest = (
+            old.copy_(new) for old, new in zip(place, found, strict=True)
+        )
+
+    runner._run = into_place
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "given", "began"),
+    [
+        # All but the last, and those that are the last in their page.
+        ("SFS", SINK, {}, 39 - 40 // 8),
+        ("SFS", SINK, {"temperature": 0.5}, 0),
+        # The engine has no room for more: it holds 61 tokens.
+        ("SFS", SINK, {"max_tokens": 100}, 39 - 40 // 8),
+        # There are no pages; there is nothing that strides move.
+        ("SS", SINK, {}, 39),
+        ("FF", STRIDED, {}, 39 - 40 // 8),
+        ("SS", STRIDED, {}, 0),
+    ],
+)
 def test_each_token_takes_one_pass(
-    build: Make, tokens: Make, given: dict[str, Any], ahead: bool
+    build: Make, tokens: Make, layers: str, pattern: Any, given: dict[str, Any], began: int
 ) -> None:
-    engine = small_engine(build(pattern=SINK))
+    model = build(pattern=pattern, layers=layers)
+    fields: dict[str, Any] = {"max_tokens": 41, "seed": 1, "ignore_eos": True} | given
+    longest = 61 if fields["max_tokens"] > 41 else 90
+    plain, engine = (small_engine(model, max_length=longest) for _ in range(2))
+    plain.decode_runner = None
+    (expected,) = plain.generate([tokens(20).tolist()], SamplingParams(**fields))
     sizes = count_passes(engine)
-    began = 0
+    found = 0
     runner: Any = engine.decode_runner
-    name = engine.add_request(tokens(20).tolist(), SamplingParams(max_tokens=41, seed=1, **given))
+    request = engine.requests[engine.add_request(tokens(20).tolist(), SamplingParams(**fields))]
     while engine.has_unfinished:
         engine.step()
-        began += any(buffers._under_way for buffers in runner._buffers.values())
-    assert name not in engine.requests
+        found += any(buffers._under_way for buffers in runner._buffers.values())
+    assert request.output == expected.output and len(expected.output) == 41
     assert sizes == [1] * 40
-    # All but the last, and those that are the last in their page.
-    assert began == (39 - 40 // 8 if ahead else 0)
+    assert found == began
+
+
+@pytest.mark.parametrize("change", ["another's", "grown", "none"])
+def test_results_are_those_of_the_tables_that_are_given(
+    build: Make, tokens: Make, change: str
+) -> None:
+    """The same token, length and slot, but pages of another request, or more of them."""
+    model = build(pattern=SINK)
+    engine = small_engine(model)
+    runner: Any = engine.decode_runner
+    sizes = count_passes(engine)
+    for store in (*engine.cache.keys, *engine.cache.values):
+        store.normal_(generator=torch.Generator().manual_seed(0))
+    table = [4, 2, 7]
+    _, (token,) = runner([5], [23], [0], [table], ahead=True)
+    assert sizes == [1, 1]
+    if change == "another's":
+        table = [5, 1, 3]
+    elif change == "grown":
+        table.append(6)
+    # The pass that this one begins is the first beyond the third page.
+    logits, (follows,) = runner([token], [24], [0], [table], ahead=change == "grown")
+    assert len(sizes) == {"another's": 3, "grown": 4, "none": 2}[change]
+    if change == "grown":
+        logits, _ = runner([follows], [25], [0], [table])
+        token, length = follows, 25
+    else:
+        length = 24
+    other = DecodeRunner(model, engine.cache, capture=False)
+    assert torch.equal(other([token], [length], [0], [list(table)])[0], logits)
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_tables_that_were_not_sent_are_sent_again(
+    build: Make, tokens: Make, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """A step is broken off as its numbers go to the device; rows of no sequence count, too."""
+    model = build(pattern=SINK)
+    engine = small_engine(model, max_sequences=4)
+    runner: Any = engine.decode_runner
+    pages = [list(range(n, n + 3)) for n in (0, 3, 6, 9)]
+    runner([5, 6, 7, 8], [20, 21, 22, 19], [0, 1, 2, 3], pages)
+    (buffers,) = runner._buffers.values()
+    three = [5, 6, 7], [21, 22, 23], [0, 1, 2], pages[:3]
+    kept = [store.clone() for store in (*engine.cache.keys, *engine.cache.values)]
+    real, calls = torch.Tensor.copy_, []
+
+    def copy_(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.Tensor, "copy_", copy_)
+        runner(*three)
+    runner(*three)
+    assert buffers.tables[0, :3].tolist() == pages[0]
+    assert buffers.tables[3, 0] == engine.cache.spare_page
+    assert buffers.lengths.tolist() == [22, 23, 24, 0]
+    # Nobody wrote to the pages and the slot of the fourth.
+    for store, before in zip((*engine.cache.keys, *engine.cache.values), kept, strict=True):
+        if len(store) == engine.cache.slots.size:
+            assert torch.equal(store[3, :-1], before[3, :-1])
+        else:
+            assert torch.equal(store[9:12], before[9:12])
+
+
+def test_a_pass_that_failed_has_left_other_numbers(build: Make, tokens: Make) -> None:
+    """It had put the next tokens behind the sequences, and is asked for once more."""
+    model = build(pattern=SINK)
+    engine = small_engine(model)
+    runner: Any = engine.decode_runner
+    run = runner._run
+
+    def fail(buffers: Any) -> None:
+        run(buffers)
+        raise MemoryError
+
+    step = [5, 6], [9, 12], [0, 1], [[0, 1], [2, 3]]
+    expected, _ = runner(*step)
+    runner._run = fail
+    with pytest.raises(MemoryError):
+        runner([1, 2], *step[1:])
+    with pytest.raises(MemoryError):
+        runner(*step)
+    runner._run = run
+    assert torch.equal(runner(*step)[0], expected)
+
+
+def test_nothing_begins_ahead_of_who_waits(build: Make, tokens: Make) -> None:
+    engine = small_engine(build(pattern=SINK), max_sequences=1)
+    sizes = count_passes(engine)
+    prompts = [tokens(n, seed=n).tolist() for n in (5, 9)]
+    first = engine.add_request(prompts[0], SamplingParams(max_tokens=30))
+    engine.step()
+    second = engine.add_request(prompts[1], SamplingParams(max_tokens=30))
+    buffers: Any = engine.decode_runner._buffers  # type: ignore[union-attr]
+    while first in engine.requests:
+        engine.step()
+        assert not any(one._under_way for one in buffers.values())
+    while second in engine.requests:
+        engine.step()
+    assert sizes == [1] * 58
 
 
 def test_strides_are_never_written_twice(build: Make, tokens: Make) -> None:
@@ -72,6 +209,7 @@ def test_what_is_not_asked_for_does_no_harm(build: Make, tokens: Make) -> None:
     for ahead in (False, True):
         engine = small_engine(model)
         runner: Any = engine.decode_runner
+        in_place(runner)
         slots, tables = [], []
         for prompt in prompts:
             name = engine.add_request(prompt, SamplingParams(max_tokens=60))

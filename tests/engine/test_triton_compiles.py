@@ -28,6 +28,18 @@ def compile_(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -
     return triton.compile(source, target=GPUTarget("cuda", 90, 32))
 
 
+def early(ptx: str) -> list[str]:
+    """Return what a kernel does with memory before it waits for the one ahead: each waits, once,
+    and only then lets the next begin."""
+    before, wait, after = ptx.partition("griddepcontrol.wait")
+    assert wait and "griddepcontrol" not in before
+    assert after.count("griddepcontrol") == after.count("griddepcontrol.launch_dependents") == 1
+    until, _, _ = after.partition("griddepcontrol.launch_dependents")
+    accesses = ("ld.global", "st.global", "atom.", "red.", "cp.async")
+    assert not any(name in until for name in accesses)
+    return [line for line in before.splitlines() if any(name in line for name in accesses)]
+
+
 @pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize("kept", ["bf16", "u8"])
 def test_storing_compiles(kept: str, moves: bool) -> None:
@@ -52,7 +64,7 @@ def test_rotating_compiles(kept: str, moves: bool) -> None:
     pointers |= {"page_ptr": "*i64", "entry_ptr": "*i64", "moved_ptr": "*i64"}
     shape = {"GROUP": 3, "HEAD_DIM": 96, "DIM_TILE": 128, "OVERLAPS": True}
     features = {"HAS_NORM": moves, "HAS_MOVED": moves, "HAS_SCALES": kept == "u8"}
-    assert "griddepcontrol.wait" in compile_(kernel, pointers, shape | features).asm["ptx"]
+    assert not early(compile_(kernel, pointers, shape | features).asm["ptx"])
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -78,12 +90,11 @@ def test_products_compile(overlaps: bool, gated: bool) -> None:
             "OVERLAPS": overlaps,
         },
     ).asm["ptx"]
-    early, wait, late = ptx.partition("griddepcontrol.wait")
-    assert bool(wait) == overlaps
     if overlaps:
-        loads = [line for line in early.splitlines() if "ld.global" in line]
-        assert loads and all("evict_first" in line for line in loads)
-        assert "ld.global" in late
+        loads = early(ptx)
+        assert loads and all("ld.global" in line and "evict_first" in line for line in loads)
+    else:
+        assert "griddepcontrol" not in ptx
 
 
 @pytest.mark.parametrize("splits", ["one", "few", "many"])
@@ -100,7 +111,9 @@ def test_attending_compiles(new: str, kept: str, splits: str) -> None:
     for name in ("cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr"):
         pointers[name] = "*bf16"
     shape = {"GROUP": 4, "HEAD_DIM": 128, "DIM_TILE": 128, "SPLIT_TILE": 16}
-    compile_(
+    pages = splits == "many"
+    pointers |= {"table_ptr": "*i32"} if pages else {}
+    kernel = compile_(
         _part,
         pointers | {"arrivals_ptr": "*i32"},
         shape
@@ -109,10 +122,10 @@ def test_attending_compiles(new: str, kept: str, splits: str) -> None:
             "MEMBERS": 4,
             "JOIN_TILE": 16,
             "BLOCK": 64,
-            "ONE_PAGE": splits != "many",
+            "ONE_PAGE": not pages,
             "EVEN_PAGES": scaled,
-            "HAS_LENGTHS": splits == "many",
-            "HAS_VISIBLE": splits != "many",
+            "HAS_LENGTHS": pages,
+            "HAS_VISIBLE": not pages,
             "HAS_SCALES": scaled,
             "WHOLE": splits == "one",
             "JOINS": splits == "few",
@@ -123,8 +136,16 @@ def test_attending_compiles(new: str, kept: str, splits: str) -> None:
             "OVERLAPS": bool(new),
         },
     )
-    if splits == "many":
-        compile_(_together, pointers, shape | {"HAS_SCALES": scaled, "OVERLAPS": bool(new)})
+    both = [kernel]
+    if pages:
+        features = {"HAS_SCALES": scaled, "OVERLAPS": bool(new)}
+        both.append(compile_(_together, pointers, shape | features))
+    if new:
+        # A slot's number, or a length and pages; keys go to the second-level cache alone.
+        loads, *others = (early(one.asm["ptx"]) for one in both)
+        fetches = [line for line in loads if "cp.async.bulk.prefetch.L2" in line]
+        assert len(fetches) == 2 and 3 <= len(loads) <= 4
+        assert loads[-2:] == fetches and not any(others)
 
 
 @pytest.mark.parametrize("gated", [False, True])
