@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from longgen.engine.cache import EngineCache
-from longgen.engine.kernels import Places, decode_attention, store_tokens
+from longgen.engine.kernels import Places, store_tokens
 from longgen.engine.linear import Rotary, Seen, rotate_and_attend
 from longgen.engine.slots import SlotGeometry
 
@@ -91,9 +91,10 @@ class DecodeBatch:
 
     def prepare(self) -> None:
         """Find all that layers share now, not when the first of them asks."""
-        for layer in range(len(self.cache.plan.layers)):
-            self._target(layer)
-            self._seen(layer)
+        layers = self.cache.plan.layers
+        for kind in set(layers):
+            self._target(layers.index(kind))
+            self._seen(layers.index(kind))
 
     @cached_property
     def _page_and_offset(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,26 +125,16 @@ class DecodeBatch:
             (N, H, D).
         """
         cache = self.cache
+        stores = cache.keys[layer], cache.values[layer]
         scales = None if cache.scales is None else cache.scales[layer]
+        places = self._target(layer)._asdict()
         if scales is None or not cache._has_scales[layer]:
             # The first tokens of a layer set its scales.
             k, v = cache.encode(layer, k, v)
-            scales = None
-        places = self._target(layer)._asdict()
-        store_tokens(cache.keys[layer], cache.values[layer], k, v, **places, scales=scales)
-        seen = self._seen(layer)
-        held = slice(seen.held)
-        return decode_attention(
-            q,
-            cache.keys[layer][:, held],
-            cache.values[layer][:, held],
-            seen.tables,
-            scale=scale,
-            lengths=seen.lengths,
-            visible=seen.visible,
-            scales=None if cache.scales is None else cache.scales[layer],
-            arrivals=seen.arrivals,
-        )
+            store_tokens(*stores, k, v, **places)
+        else:
+            store_tokens(*stores, k, v, **places, scales=scales)
+        return self._seen(layer).attend(q, *stores, scale=scale, scales=scales)
 
     def rotate_and_attend(
         self, layer: int, qkv: torch.Tensor, rotary: Rotary, scale: float

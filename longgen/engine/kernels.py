@@ -128,6 +128,13 @@ def overlaps_launches(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def launch_options(device: torch.device, overlaps: bool | None) -> dict[str, Any]:
+    """Return the options of a kernel's launch that say whether it may begin before the one ahead is
+    done; `overlaps` None asks the device."""
+    overlaps = overlaps_launches(device) if overlaps is None else overlaps
+    return {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
+
+
 def _plain(
     q: torch.Tensor,
     keys: torch.Tensor,

@@ -63,6 +63,28 @@ class Seen(NamedTuple):
     visible: torch.Tensor | None = None
     arrivals: torch.Tensor | None = None
 
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float,
+        scales: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend with q (N, H, D) to whole pages of keys and values: `kernels.decode_attention`."""
+        return decode_attention(
+            q,
+            keys[:, : self.held],
+            values[:, : self.held],
+            self.tables,
+            scale=scale,
+            lengths=self.lengths,
+            visible=self.visible,
+            scales=scales,
+            arrivals=self.arrivals,
+        )
+
 
 def project(
     x: torch.Tensor,
@@ -163,17 +185,7 @@ def rotate_and_attend(
     q, k, v = heads.split((num_heads, num_key_heads, num_key_heads), 1)
     q, k = rotary.apply(q, k)
     store_tokens(keys, values, k, v, **places._asdict(), scales=scales)
-    return decode_attention(
-        q,
-        keys[:, : seen.held],
-        values[:, : seen.held],
-        seen.tables,
-        scale=scale,
-        lengths=seen.lengths,
-        visible=seen.visible,
-        scales=scales,
-        arrivals=seen.arrivals,
-    )
+    return seen.attend(q, keys, values, scale=scale, scales=scales)
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ class _Buffers:
         self.cache, self.size = cache, size
         width = max(cache.num_pages_for(cache.max_length), 1)
         # What a step brings is put together on the host, where the device reads it by itself.
-        self._pinned = pinned = device.type == "cuda"
+        pinned = device.type == "cuda"
         self._host = torch.zeros(3, size, dtype=torch.long, pin_memory=pinned)
         self._host_tables = torch.zeros(size, width, dtype=torch.int32, pin_memory=pinned)
         self.numbers = torch.zeros(3, size, dtype=torch.long, device=device)
@@ -132,7 +132,7 @@ class _Buffers:
         self._host_tokens.reverse()
         tokens.copy_(self.likeliest, non_blocking=True)
         done = None
-        if self._pinned:
+        if self._read is not None:
             done = torch.cuda.Event()
             done.record()
         self._under_way.append(_Result(self.logits, tokens, done))

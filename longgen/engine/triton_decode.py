@@ -7,15 +7,15 @@ keys are put together by whichever program is last to arrive; only many parts ta
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from longgen.engine.kernels import Places, overlaps_launches
+from longgen.engine.kernels import Places, launch_options
 from longgen.engine.linear import Rotary, Seen
-from longgen.engine.triton_store import rotate_and_store, rotated, to_e4m3
+from longgen.engine.triton_store import angles, put, rotate_and_store, rotated
 
 
 class Tuning(NamedTuple):
@@ -210,44 +210,44 @@ def _part(
     in_dim = dim < HEAD_DIM
     q_mask = (group[:, None] < GROUP) & in_dim[None, :]
     q_at = q_ptr + row * q_row + (head * GROUP + group)[:, None] * q_head
-    q = tl.load(q_at + dim[None, :], mask=q_mask, other=0.0)
     if HAS_NEW:
-        partner = tl.where(dim < HEAD_DIM // 2, dim + HEAD_DIM // 2, dim - HEAD_DIM // 2)
-        cos = tl.load(cos_ptr + row * HEAD_DIM + dim, mask=in_dim, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + row * HEAD_DIM + dim, mask=in_dim, other=0.0).to(tl.float32)
-        sin = tl.where(dim < HEAD_DIM // 2, -sin, sin)
-        x = q.to(tl.float32)
-        y = tl.load(q_at + partner[None, :], mask=q_mask, other=0.0).to(tl.float32)
-        if HAS_NORM:
-            factor = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
-            own_norm = tl.load(q_norm_ptr + dim, mask=in_dim, other=0.0).to(tl.float32)
-            its_norm = tl.load(q_norm_ptr + partner, mask=in_dim, other=0.0).to(tl.float32)
-            x *= factor * own_norm[None, :]
-            y *= factor * its_norm[None, :]
-        q = (x * cos[None, :] + y * sin[None, :]).to(q.dtype)
+        cos, sin = angles(cos_ptr, sin_ptr, row, dim, in_dim, HEAD_DIM)
+        q = rotated(q_at, q_norm_ptr, cos, sin, eps, dim, q_mask, HEAD_DIM, HAS_NORM)
+        q = q.to(q_ptr.dtype.element_ty)
         if HAS_LENGTHS:
             new = length - 1
         else:
             new = tl.load(entry_ptr + row * entry_row + head * entry_head).to(tl.int32)
         if (new >= first) & (new < last):
             if ONE_PAGE:
-                new_at = only_page + new * token_stride + dim
+                new_page, entry = only_page, new
             else:
-                new_page = tl.load(table_at + new // page_size).to(tl.int64)
-                new_at = new_page * page_stride + head * head_stride
-                new_at += (new % page_size) * token_stride + dim
+                new_page = tl.load(table_at + new // page_size).to(tl.int64) * page_stride
+                new_page, entry = new_page + head * head_stride, new % page_size
             own = q_ptr + row * q_row + (num_key_heads * GROUP + head) * q_head
             new_k = rotated(own, k_norm_ptr, cos, sin, eps, dim, in_dim, HEAD_DIM, HAS_NORM)
-            new_k = new_k.to(q.dtype)
             new_v = tl.load(own + num_key_heads * q_head + dim, mask=in_dim, other=0.0)
-            if HAS_SCALES:
-                of_bits = k_ptr.dtype.element_ty
-                new_k = to_e4m3(new_k, tl.load(scales_ptr + head)).to(of_bits, bitcast=True)
-                new_v = to_e4m3(new_v, value_scale).to(of_bits, bitcast=True)
-            tl.store(k_ptr + new_at, new_k, mask=in_dim)
-            tl.store(v_ptr + new_at, new_v, mask=in_dim)
+            STORED: tl.constexpr = tl.uint8 if HAS_SCALES else k_ptr.dtype.element_ty
+            put(
+                new_k.to(q.dtype),
+                new_v,
+                k_ptr.to(tl.pointer_type(STORED), bitcast=True),
+                v_ptr.to(tl.pointer_type(STORED), bitcast=True),
+                new_page,
+                entry,
+                entry,
+                token_stride,
+                scales_ptr,
+                head,
+                dim,
+                in_dim,
+                False,
+                HAS_SCALES,
+            )
             # Other threads read it with its block.
             tl.debug_barrier()
+    else:
+        q = tl.load(q_at + dim[None, :], mask=q_mask, other=0.0)
     out = tl.zeros((GROUP_TILE, DIM_TILE), tl.float32)
     if PAIRS:
         size = tl.max(tl.abs(q.to(tl.float32)), 1)
@@ -495,8 +495,7 @@ def paged_decode(
         entries: given by `rotate_and_attend`: the places of the new keys, (N, heads), if these are
             not the last that `lengths` count.
     """
-    overlaps = overlaps_launches(q.device) if overlaps is None else overlaps
-    launch: dict[str, Any] = {"launch_pdl": True} if overlaps else {}
+    launch = launch_options(q.device, overlaps)
     number, num_heads, head_dim = q.shape
     page_size, num_key_heads = keys.shape[1:3]
     group = num_heads // num_key_heads
@@ -530,7 +529,7 @@ def paged_decode(
     places = entries if entries is not None else tables
     norms = (None, None) if rotary is None else (rotary.q_norm, rotary.k_norm)
     ahead = 0
-    if overlaps and rotary is not None and head_dim * keys.element_size() % 16 == 0:
+    if launch["OVERLAPS"] and rotary is not None and head_dim * keys.element_size() % 16 == 0:
         ahead = FEW_AHEAD_KEYS if capacity <= FEW_KEYS else AHEAD_KEYS
     _part[(number, num_key_heads, splits)](
         q,
@@ -587,7 +586,6 @@ def paged_decode(
         and head_dim % 2 == 0
         and dim_tile >= 2 * MIN_SIDE,
         AHEAD=ahead,
-        OVERLAPS=overlaps,
         num_warps=tuning.num_warps if num_warps is None else num_warps,
         num_stages=tuning.num_stages if num_stages is None else num_stages,
         **launch,
@@ -605,7 +603,6 @@ def paged_decode(
         DIM_TILE=dim_tile,
         SPLIT_TILE=split_tile,
         HAS_SCALES=scales is not None,
-        OVERLAPS=overlaps,
         **launch,
     )
     return out

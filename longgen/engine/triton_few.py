@@ -4,14 +4,15 @@ cost what one costs, the reading of weights."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from longgen.engine.kernels import overlaps_launches
+from longgen.engine.kernels import launch_options
 from longgen.engine.linear import Norm
+from longgen.engine.triton_linear import Operands
 
 # The smallest side of a tile that tensor cores take, and so the most tokens at a time.
 MOST_TOKENS = 16
@@ -148,33 +149,23 @@ def multiply(
     """
     number, size = x.shape
     counts = [len(w) for w in weights]
-    assert number <= MOST_TOKENS and x.is_contiguous()
-    assert all(w.is_contiguous() for w in weights)
-    assert residual is None or residual.is_contiguous()
-    has_bias = biases[0] is not None
-    assert all((bias is not None) == has_bias for bias in biases)
+    assert number <= MOST_TOKENS and (residual is None or residual.is_contiguous())
+    operands = Operands.of(x, weights, biases)
     if tuning is None:
         tuning = GATED_TUNING if gated else TUNING
-    if overlaps is None:
-        overlaps = overlaps_launches(x.device)
-    launch: dict[str, Any] = {"launch_pdl": True} if overlaps else {}
+    launch = launch_options(x.device, overlaps)
     if norm is not None:
         normed = torch.empty_like(x)
         block = triton.next_power_of_2(size)
-        _norm[(number,)](
-            x, norm.weight, normed, norm.eps, K=size, BLOCK=block, OVERLAPS=overlaps, **launch
-        )
+        _norm[(number,)](x, norm.weight, normed, norm.eps, K=size, BLOCK=block, **launch)
         x = normed
     multiplied = counts[:1] if gated else counts
     out = torch.empty(number, sum(multiplied), dtype=x.dtype, device=x.device)
-    # What a kernel doesn't read is any tensor.
-    padded = [*weights, x, x]
-    terms = [*biases, x, x] if has_bias else [x] * 3
     rows = [*multiplied, 0, 0]
     _project[(sum(triton.cdiv(count, tuning.rows) for count in multiplied),)](
         x,
-        *padded[:3],
-        *terms[:3],
+        *operands.weights,
+        *operands.biases,
         x if residual is None else residual,
         out,
         number,
@@ -182,12 +173,11 @@ def multiply(
         K=size,
         WEIGHTS=len(multiplied),
         GATED=gated,
-        HAS_BIAS=has_bias,
+        HAS_BIAS=operands.has_bias,
         HAS_RESIDUAL=residual is not None,
         TOKENS=MOST_TOKENS,
         ROWS=tuning.rows,
         BLOCK=min(tuning.block, max(triton.next_power_of_2(size), MOST_TOKENS)),
-        OVERLAPS=overlaps,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
         **launch,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from longgen.engine.kernels import overlaps_launches
+from longgen.engine.kernels import launch_options
 from longgen.engine.linear import Norm
 
 
@@ -110,6 +110,28 @@ def _project(
     tl.store(out_ptr + begin + index, y.to(out_ptr.dtype.element_ty))
 
 
+class Operands(NamedTuple):
+    """Hold up to three weights and their biases as kernels take them: what isn't read is any
+    tensor."""
+
+    weights: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor, ...]
+    has_bias: bool
+
+    @classmethod
+    def of(
+        cls,
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+    ) -> Operands:
+        """Check what `linear.project` was given."""
+        assert x.is_contiguous() and all(w.is_contiguous() for w in weights)
+        given = [bias for bias in biases if bias is not None]
+        assert len(given) in (0, len(weights))
+        return cls((*weights, x, x)[:3], (*given, x, x, x)[:3], bool(given))
+
+
 def _rows(most: int, counts: Sequence[int]) -> int:
     """Return the rows of a program: a power of two that divides all counts."""
     rows = most
@@ -135,25 +157,19 @@ def matvec(
         tuning: None takes this module's.
         overlaps: whether kernels may begin before the one ahead is done; None asks the device.
     """
+    assert len(x) == 1
     size, counts = x.shape[1], [len(w) for w in weights]
-    assert len(x) == 1 and x.is_contiguous() and all(w.is_contiguous() for w in weights)
-    has_bias = biases[0] is not None
-    assert all((bias is not None) == has_bias for bias in biases)
+    operands = Operands.of(x, weights, biases)
     if tuning is None:
         tuning = GATED_TUNING if gated else TUNING
-    if overlaps is None:
-        overlaps = overlaps_launches(x.device)
     total = counts[0] if gated else sum(counts)
     rows = _rows(tuning.rows, counts)
     out = torch.empty(1, total, dtype=x.dtype, device=x.device)
-    # What a kernel doesn't read is any tensor.
-    padded = [*weights, x, x]
-    terms = [*biases, x, x] if has_bias else [x] * 3
     _project[(total // rows,)](
         x,
         x if norm is None else norm.weight,
-        *padded[:3],
-        *terms[:3],
+        *operands.weights,
+        *operands.biases,
         x if residual is None else residual,
         out,
         0.0 if norm is None else norm.eps,
@@ -163,12 +179,11 @@ def matvec(
         WEIGHTS=1 if gated else len(weights),
         GATED=gated,
         HAS_NORM=norm is not None,
-        HAS_BIAS=has_bias,
+        HAS_BIAS=operands.has_bias,
         HAS_RESIDUAL=residual is not None,
         ROWS=rows,
         BLOCK=min(tuning.block, triton.next_power_of_2(size)),
-        OVERLAPS=overlaps,
         num_warps=tuning.num_warps,
-        **({"launch_pdl": True} if overlaps else {}),
+        **launch_options(x.device, overlaps),
     )
     return out

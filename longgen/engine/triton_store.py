@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from longgen.engine.kernels import Places, overlaps_launches
+from longgen.engine.kernels import Places, launch_options
 from longgen.engine.linear import Rotary
 
 # The largest number of e4m3.
@@ -40,7 +40,7 @@ def to_e4m3(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _put(
+def put(
     k: tl.tensor,
     v: tl.tensor,
     keys_ptr: tl.tensor,
@@ -112,7 +112,7 @@ def _store(
     moved = entry
     if HAS_MOVED:
         moved = tl.load(moved_ptr + row * moved_row + head * moved_head)
-    _put(
+    put(
         k,
         v,
         keys_ptr,
@@ -131,6 +131,21 @@ def _store(
 
 
 @triton.jit
+def angles(
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    row: tl.tensor,
+    dim: tl.tensor,
+    mask: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Load cos and sin of one token; sin with the sign of what it is multiplied with."""
+    cos = tl.load(cos_ptr + row * HEAD_DIM + dim, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row * HEAD_DIM + dim, mask=mask, other=0.0).to(tl.float32)
+    return cos, tl.where(dim < HEAD_DIM // 2, -sin, sin)
+
+
+@triton.jit
 def rotated(
     x_ptr: tl.tensor,
     norm_ptr: tl.tensor,
@@ -142,14 +157,15 @@ def rotated(
     HEAD_DIM: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ) -> tl.tensor:
-    """Norm and rotate one head, in fp32; `sin` has the sign of what it is multiplied with."""
+    """Norm and rotate one head, or a tile of them if `x_ptr` is (heads, 1), in fp32."""
     partner = tl.where(dim < HEAD_DIM // 2, dim + HEAD_DIM // 2, dim - HEAD_DIM // 2)
     x = tl.load(x_ptr + dim, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(x_ptr + partner, mask=mask, other=0.0).to(tl.float32)
     if HAS_NORM:
-        factor = tl.rsqrt(tl.sum(x * x, 0) / HEAD_DIM + eps)
-        x *= factor * tl.load(norm_ptr + dim, mask=mask, other=0.0).to(tl.float32)
-        y *= factor * tl.load(norm_ptr + partner, mask=mask, other=0.0).to(tl.float32)
+        in_dim = dim < HEAD_DIM
+        factor = tl.rsqrt(tl.sum(x * x, -1, keep_dims=True) / HEAD_DIM + eps)
+        x *= factor * tl.load(norm_ptr + dim, mask=in_dim, other=0.0).to(tl.float32)
+        y *= factor * tl.load(norm_ptr + partner, mask=in_dim, other=0.0).to(tl.float32)
     return x * cos + y * sin
 
 
@@ -193,9 +209,7 @@ def _rotate_and_store(
     num_heads = GROUP * num_key_heads
     dim = tl.arange(0, DIM_TILE)
     mask = dim < HEAD_DIM
-    cos = tl.load(cos_ptr + row * HEAD_DIM + dim, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + row * HEAD_DIM + dim, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.where(dim < HEAD_DIM // 2, -sin, sin)
+    cos, sin = angles(cos_ptr, sin_ptr, row, dim, mask, HEAD_DIM)
     own = qkv_ptr + row * (num_heads + 2 * num_key_heads) * HEAD_DIM
     for member in tl.static_range(0, GROUP):
         q_head = head * GROUP + member
@@ -212,7 +226,7 @@ def _rotate_and_store(
     moved = entry
     if HAS_MOVED:
         moved = tl.load(moved_ptr + row * moved_row + head * moved_head)
-    _put(
+    put(
         k.to(qkv_ptr.dtype.element_ty),
         v,
         keys_ptr,
@@ -329,8 +343,6 @@ def rotate_and_store(
     assert scales is not None or qkv.dtype == keys.dtype
     assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     q = torch.empty(number, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    if overlaps is None:
-        overlaps = overlaps_launches(qkv.device)
     _rotate_and_store[(number, num_key_heads)](
         qkv,
         cos,
@@ -352,8 +364,7 @@ def rotate_and_store(
         HAS_NORM=q_norm is not None,
         HAS_MOVED=places.moved is not None,
         HAS_SCALES=scales is not None,
-        OVERLAPS=overlaps,
         num_warps=1,
-        **({"launch_pdl": True} if overlaps else {}),
+        **launch_options(qkv.device, overlaps),
     )
     return q

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from longgen.engine import decode, kernels
+from longgen.engine import kernels, linear
 from longgen.engine.cache import EngineCache
 from longgen.engine.decode import DecodeBatch
 from longgen.engine.kernels import decode_attention, store_tokens
@@ -92,7 +92,7 @@ def test_slots_and_pages_hold_what_their_places_say(
     """Token after token of sequences that differ in length; what was never written stays NaN."""
     torch.manual_seed(0)
     # Only storing is looked at, and the interpreter is slow.
-    monkeypatch.setattr(decode, "decode_attention", lambda q, *_, **__: q)
+    monkeypatch.setattr(linear, "decode_attention", lambda q, *_, **__: q)
     longest, page_size = 25, 5
     cache = EngineCache(
         LayerPlan("FS", pattern),
