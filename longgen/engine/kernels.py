@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Places(NamedTuple):
@@ -119,7 +119,7 @@ def store_tokens(
 
 def use_triton(device: torch.device) -> bool:
     """Whether the Triton kernels can run: on NVIDIA GPUs, or under Triton's interpreter."""
-    return _HAS_TRITON and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    return HAS_TRITON and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def overlaps_launches(device: torch.device) -> bool:

@@ -15,6 +15,35 @@ from longgen.engine.cache import Span
 from longgen.engine.decode import DecodeBatch
 from longgen.engine.step import Step, run
 from longgen.hf import attention as attention_module
+from longgen.pattern import SparsePattern
+from tests.hf.conftest import build, tokens
+
+VOCABULARY = 2048
+
+
+def make_model(
+    pattern: SparsePattern, family: str = "llama", heads: tuple[int, int] = (8, 2)
+) -> Any:
+    """Build a small hybrid that a GPU's kernels take; `heads` are query and key/value heads."""
+    return build(
+        family,
+        pattern=pattern,
+        layers="SFFS",
+        heads=heads[0],
+        key_value_heads=heads[1],
+        head_dim=64,
+        hidden_size=512,
+        intermediate_size=1024,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=4096,
+        initializer_range=0.06,
+    )
+
+
+def make_prompt(length: int) -> list[int]:
+    """Draw tokens from the whole of its vocabulary."""
+    drawn = 31 * tokens(length, seed=length) + tokens(length, seed=length + 1)
+    return drawn.remainder(VOCABULARY).tolist()  # type: ignore[no-any-return]
 
 
 def eager(q: Any, k: Any, v: Any, *, pattern: Any, layout: Any, scale: Any, **_: Any) -> Any:

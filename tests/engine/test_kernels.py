@@ -6,10 +6,6 @@ TRITON_INTERPRET makes the kernels run.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -21,10 +17,10 @@ from longgen.engine.decode import DecodeBatch
 from longgen.engine.kernels import decode_attention, store_tokens
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
+from tests.interpreter import assert_passes
 
 HEADS, DIM, SPARE = 3, 6, 9
 FP8 = torch.float8_e4m3fn
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = kernels.use_triton(torch.device("cpu"))
 
 
@@ -247,10 +243,5 @@ def test_few_keys_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_attention(**inputs, num_splits=3)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="triton isn't installed")
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter already")
 def test_the_same_with_the_kernels() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    assert_passes(__file__)

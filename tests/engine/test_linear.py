@@ -6,11 +6,6 @@ TRITON_INTERPRET makes the kernels run.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,9 +13,9 @@ import torch.nn.functional as F
 from longgen.engine.kernels import Places, decode_attention, store_tokens, use_triton
 from longgen.engine.linear import Norm, Rotary, Seen, project, project_gated, rotate_and_attend
 from tests.engine.test_kernels import bits, poisoned
+from tests.interpreter import assert_passes
 
 FP8 = torch.float8_e4m3fn
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = use_triton(torch.device("cpu"))
 
 
@@ -160,10 +155,5 @@ def test_rotating_and_attending(
     assert torch.allclose(out.double(), again.double(), atol=step, rtol=step)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="triton isn't installed")
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter already")
 def test_the_same_with_the_kernels() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    assert_passes(__file__)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +14,7 @@ from longgen.engine.decode import DecodeBatch
 from longgen.engine.step import Step, run
 from longgen.errors import UsageError
 from longgen.pattern import SparsePattern
+from tests.interpreter import interpreted
 
 LONGEST = 60
 
@@ -166,7 +163,6 @@ def test_a_sequence_that_grows_too_long_is_refused(model: Any) -> None:
         Span(cache, 58, 3, 0, list(range(12)))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton isn't installed")
 def test_the_triton_kernel_decodes_alike() -> None:
     """The same comparison through Triton's interpreter, in a process of its own."""
     code = (
@@ -184,12 +180,7 @@ def test_the_triton_kernel_decodes_alike() -> None:
         "from longgen.engine import kernels\n"
         "assert kernels.use_triton(torch.device('cpu'))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
+    done = interpreted("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -14,7 +14,7 @@ from longgen.engine.decode import DecodeBatch
 from longgen.engine.runner import DecodeRunner
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
-from tests.engine.rounding import compare
+from tests.engine.rounding import compare, make_model, make_prompt
 from tests.hf.conftest import SINK, STRIDED, build, tokens
 
 pytestmark = [
@@ -285,26 +285,9 @@ def test_bf16_rounds_no_worse_than_eager(
     """Logits within twice the error that eager transformers makes against fp32, prompts in pieces
     and decoding; greedy texts part at near-ties alone, which are printed."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = build(
-        pattern=pattern,
-        layers="SFFS",
-        heads=heads[0],
-        key_value_heads=heads[1],
-        head_dim=64,
-        hidden_size=512,
-        intermediate_size=1024,
-        vocab_size=2048,
-        max_position_embeddings=4096,
-        initializer_range=0.06,
-    ).cuda()
-    prompts = [(31 * tokens(n, seed=n) + tokens(n, seed=n + 1)).remainder(2048) for n in LENGTHS]
-    found = compare(
-        model,
-        [prompt.tolist() for prompt in prompts],
-        100,
-        512,
-        enforce_eager=enforce_eager,
-    )
+    model = make_model(pattern, heads=heads).cuda()
+    prompts = [make_prompt(n) for n in LENGTHS]
+    found = compare(model, prompts, 100, 512, enforce_eager=enforce_eager)
     with capsys.disabled():
         print(f"\n{pattern}, {heads} heads, enforce_eager={enforce_eager}\n{found.summary()}")
     found.check()

@@ -10,10 +10,10 @@ from longgen.engine import Engine, SamplingParams, kernels, one_token
 from longgen.engine.kernels import Places
 from longgen.engine.linear import Norm, Rotary, Seen
 from longgen.pattern import SparsePattern
-from tests.engine.rounding import compare
+from tests.engine.rounding import compare, make_model, make_prompt
 from tests.engine.test_kernels import bits
 from tests.engine.test_linear import exact_norm
-from tests.hf.conftest import build, tokens
+from tests.hf.conftest import build
 
 pytestmark = [
     pytest.mark.gpu,
@@ -164,7 +164,7 @@ def test_kernels_that_begin_early_change_nothing(
         max_position_embeddings=4096,
         initializer_range=0.05,
     ).to("cuda", torch.bfloat16)
-    prompt = (31 * tokens(900, seed=1) + tokens(900, seed=2)).remainder(2048).tolist()
+    prompt = make_prompt(900)
     texts = []
     for way in (True, False):
         monkeypatch.setattr(kernels, "overlaps_launches", lambda device, way=way: way)
@@ -182,22 +182,8 @@ def test_a_few_sequences_round_no_worse_than_eager(
 ) -> None:
     monkeypatch.setattr(one_token, "MOST_TOKENS", 8)
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = build(
-        pattern=pattern,
-        layers="SFFS",
-        heads=8,
-        key_value_heads=2,
-        head_dim=64,
-        hidden_size=512,
-        intermediate_size=1024,
-        vocab_size=2048,
-        max_position_embeddings=4096,
-        initializer_range=0.06,
-    ).cuda()
-    prompts = [
-        (31 * tokens(n, seed=n) + tokens(n, seed=n + 1)).remainder(2048).tolist()
-        for n in (900, 40, 333, 1200, 700)
-    ]
+    model = make_model(pattern).cuda()
+    prompts = [make_prompt(n) for n in (900, 40, 333, 1200, 700)]
     found = compare(model, prompts, 60, 512)
     with capsys.disabled():
         print(f"\n5 sequences, {pattern}\n{found.summary()}")
@@ -232,20 +218,8 @@ def test_bf16_rounds_no_worse_than_eager(
     pattern: SparsePattern, family: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = build(
-        family,
-        pattern=pattern,
-        layers="SFFS",
-        heads=8,
-        key_value_heads=2,
-        head_dim=64,
-        hidden_size=512,
-        intermediate_size=1024,
-        vocab_size=2048,
-        max_position_embeddings=4096,
-        initializer_range=0.06,
-    ).cuda()
-    prompt = (31 * tokens(900, seed=1) + tokens(900, seed=2)).remainder(2048).tolist()
+    model = make_model(pattern, family).cuda()
+    prompt = make_prompt(900)
     found = compare(model, [prompt], 100, 512)
     with capsys.disabled():
         print(f"\n{family}, {pattern}\n{found.summary()}")

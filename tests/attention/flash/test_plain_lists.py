@@ -6,16 +6,12 @@ this binds the second to the first, which test_lists.py holds to the dense mask.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from longgen.attention.flash.plan import _by_triton
 from longgen.layout import Layout
+from tests.interpreter import interpreted
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -117,18 +113,7 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton isn't installed")
 def test_triton_makes_what_pytorch_does() -> None:
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = interpreted("-c", PROGRAM)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-1] == "equal"
