@@ -119,10 +119,12 @@ def needle(name: str) -> list[str]:
     ]
 
 
-def attention_lengths(name: str) -> list[str]:
-    """Return the table of one attention benchmark over lengths: forward and backward rates."""
-    results = newest(name)
-    rows = results["rows"]
+def attention_lengths(*names: str) -> list[str]:
+    """Return the table of attention benchmarks over lengths, of one card: forward and backward
+    rates."""
+    runs = [newest(name) for name in names]
+    assert len({run["card"] for run in runs}) == 1
+    rows = [row for run in runs for row in run["rows"]]
     lengths = sorted({row["length"] for row in rows})
     labels = {name: provider.label for name, provider in registry().items()}
     found = {(row["case"], row["provider"], row["length"]): row for row in rows if row["value"]}
@@ -141,7 +143,7 @@ def attention_lengths(name: str) -> list[str]:
             if any(cells):
                 lines.append(f"| {head} | {labels[provider]} | " + " | ".join(cells) + " |")
                 head = ""
-    return [*lines, "", "TFLOP/s. " + provenance(results)]
+    return [*lines, "", "TFLOP/s. " + " ".join(map(provenance, runs))]
 
 
 def costs(name: str) -> list[str]:
@@ -323,10 +325,13 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "needle": lambda: needle("twins"),
     "kv": lambda: costs("demo"),
     "attention": lambda: attention("attention"),
-    "attention_lengths": lambda: attention_lengths("attention-lengths"),
+    "attention_lengths": lambda: attention_lengths(
+        "attention-lengths", "attention-lengths-strided"
+    ),
     "attention_gqa": lambda: attention("attention-gqa"),
     "inference": lambda: inference("inference"),
     "inference_gqa": lambda: inference("inference-gqa"),
+    "inference_qwen3": lambda: inference("inference-qwen3"),
     "attention_small": lambda: attention("attention-small"),
     "train": lambda: train("train"),
     "train_whole": lambda: train("train-whole"),

@@ -76,7 +76,9 @@ def own(name: str, label: str, impl: str) -> Provider:
             return None
         return f"This version of LongGen has no attention implementation {impl!r}."
 
-    return Provider(name=name, label=label, make=make, missing=missing)
+    # Where it isn't installed, results say so.
+    package = "flash-attn-4" if impl in ("auto", "flash") else None
+    return Provider(name=name, label=label, make=make, missing=missing, package=package)
 
 
 def registry() -> dict[str, Provider]:

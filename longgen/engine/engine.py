@@ -100,12 +100,13 @@ class Engine:
             self.cache, max_batched_tokens, prefill_chunk or max_batched_tokens
         )
         self.sampler = Sampler()
-        set_scales(model, self.cache, impl)
         # On a CPU, batches of fixed shape would only cost.
         self.decode_runner: DecodeRunner | None = None
         if self.cache.device.type == "cuda" and not enforce_eager:
             compile_layers(model)
             self.decode_runner = DecodeRunner(model, self.cache)
+        # By the layers as they will run: compiled ones round differently.
+        set_scales(model, self.cache, impl)
         self.requests: dict[str, Request] = {}
         self._numbers = count()
         self._untold: list[RequestOutput] = []

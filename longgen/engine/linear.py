@@ -1,4 +1,4 @@
-"""The parts of a decoder layer for one token or a few, as few as there can be.
+"""The parts of a decoder layer for one token, as few as there can be.
 
 They are bound by reading weights, and little happens in between: norms, rotary embedding, a gate,
 residuals. A kernel for each of these leaves the memory idle at every launch; here norms go into the
@@ -8,7 +8,7 @@ On NVIDIA GPUs these are Triton kernels, elsewhere plain PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -97,7 +97,7 @@ def project(
     """Multiply tokens with up to three matrices, whose results lie end to end.
 
     Args:
-        x: (N, K); on a GPU N is at most `triton_few.MOST_TOKENS`.
+        x: (N, K); on a GPU N is 1.
         weights: each (rows, K), contiguous.
         biases: each (rows,) or None, as many as weights; nothing is all None.
         norm: of x, first.
@@ -108,7 +108,9 @@ def project(
     """
     biases = biases or [None] * len(weights)
     if use_triton(x.device):
-        return _product(x)(x, weights, biases, norm=norm, residual=residual)
+        from longgen.engine.triton_linear import matvec
+
+        return matvec(x, weights, biases, norm=norm, residual=residual)
     x = x if norm is None else norm.apply(x)
     out = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], 1)
     return out if residual is None else residual + out
@@ -120,7 +122,7 @@ def project_gated(
     """Compute silu(gate x) * (up x) of normed tokens.
 
     Args:
-        x: (N, K); on a GPU N is at most `triton_few.MOST_TOKENS`.
+        x: (N, K); on a GPU N is 1.
         gate: (rows, K), contiguous.
         up: (rows, K), contiguous.
         norm: of x, first.
@@ -129,20 +131,11 @@ def project_gated(
         (N, rows) in x's dtype.
     """
     if use_triton(x.device):
-        return _product(x)(x, (gate, up), (None, None), norm=norm, gated=True)
-    x = norm.apply(x)
-    return F.silu(F.linear(x, gate)) * F.linear(x, up)
-
-
-def _product(x: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Return what multiplies so many tokens: one doesn't need tensor cores."""
-    if len(x) == 1:
         from longgen.engine.triton_linear import matvec
 
-        return matvec
-    from longgen.engine.triton_few import multiply
-
-    return multiply
+        return matvec(x, (gate, up), (None, None), norm=norm, gated=True)
+    x = norm.apply(x)
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
 
 
 def rotate_and_attend(

@@ -1,8 +1,8 @@
-"""A model's pass over one token of one sequence or of a few, in as few launches as it takes.
+"""A model's pass over one token of one sequence, in as few launches as it takes.
 
 transformers' layers, compiled, run any number of tokens; for a single one, which is bound by
 reading weights, this takes their weights and goes its own way: five launches a sparse layer, or six
-where strides move tokens. A few tokens take two more, for the norms.
+where strides move tokens.
 """
 
 from __future__ import annotations
@@ -27,11 +27,6 @@ from longgen.shapes import HYBRID_PREFIX
 _CLASSES = ("DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 # Whose hooks do nothing that is missing here.
 _HOOKS_OF = (compiling.__name__, output_capturing.__name__)
-
-
-# Of sequences that go this way together. Up to `triton_few.MOST_TOKENS` can; from two on it has not
-# been measured whether that is faster than the compiled layers.
-MOST_TOKENS = 1
 
 
 def can_run(model: Any) -> bool:
@@ -76,15 +71,15 @@ def _has_known_biases(layer: Any) -> bool:
 
 
 def logits_of(model: Any, batch: DecodeBatch, tokens: torch.Tensor) -> torch.Tensor:
-    """Put one new token of each of a few sequences through a model.
+    """Put one new token of a sequence through a model.
 
     Args:
         model: a LongGen causal language model for which `can_run` is true.
-        batch: the sequences and the places of their tokens.
-        tokens: (N,), on the device.
+        batch: the sequence and the place of its token.
+        tokens: (1,), on the device.
 
     Returns:
-        logits (N, vocabulary).
+        logits (1, vocabulary).
     """
     # Kernels that begin early read of it before they wait for the one ahead.
     batch.prepare()

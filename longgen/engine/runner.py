@@ -273,7 +273,7 @@ class DecodeRunner:
         batch = DecodeBatch(
             self.cache, buffers.lengths, buffers.slots, buffers.tables, self._find_places
         )
-        if buffers.size <= one_token.MOST_TOKENS and self._one_token:
+        if buffers.size == 1 and self._one_token:
             buffers.logits = one_token.logits_of(self.model, batch, buffers.tokens)
         else:
             step = Step(self.cache, [], batch)

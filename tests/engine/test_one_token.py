@@ -54,31 +54,6 @@ def test_texts_are_the_same(
     assert len(calls) == sum(len(output) - 1 for output in found)
 
 
-def test_a_few_sequences_go_the_same_way(
-    build: Make, tokens: Make, pattern: SparsePattern, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build("qwen3", pattern=pattern, heads=4, key_value_heads=2)
-    prompts = [tokens(n, seed=n).tolist() for n in (1, 37, 12, 20, 9)]
-    texts_of = []
-    for most in (1, 3):
-        monkeypatch.setattr(one_token, "MOST_TOKENS", most)
-        numbers: list[int] = []
-        logits_of = one_token.logits_of
-
-        def counted(*args: Any, numbers: list[int] = numbers, do: Any = logits_of) -> Any:
-            numbers.append(len(args[2]))
-            return do(*args)
-
-        monkeypatch.setattr(one_token, "logits_of", counted)
-        engine = Engine(model, max_length=120, max_sequences=3, page_size=8)
-        engine.decode_runner = DecodeRunner(model, engine.cache, capture=False)
-        done = engine.generate(prompts, SamplingParams(max_tokens=30, ignore_eos=True))
-        texts_of.append([request.output for request in done])
-        assert set(numbers) <= {1} if most == 1 else {2, 3} <= set(numbers)
-        monkeypatch.setattr(one_token, "logits_of", logits_of)
-    assert texts_of[0] == texts_of[1]
-
-
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,

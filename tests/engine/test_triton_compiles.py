@@ -146,28 +146,3 @@ def test_attending_compiles(new: str, kept: str, splits: str) -> None:
         fetches = [line for line in loads if "cp.async.bulk.prefetch.L2" in line]
         assert len(fetches) == 2 and 3 <= len(loads) <= 4
         assert loads[-2:] == fetches and not any(others)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_products_of_a_few_tokens_compile(gated: bool) -> None:
-    from longgen.engine import triton_few
-
-    tuning = triton_few.GATED_TUNING if gated else triton_few.TUNING
-    kernel = triton_few._project
-    compile_(
-        kernel,
-        {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")},
-        {
-            "K": 11008,
-            "WEIGHTS": 1 if gated else 3,
-            "GATED": gated,
-            "HAS_BIAS": not gated,
-            "HAS_RESIDUAL": not gated,
-            "TOKENS": triton_few.MOST_TOKENS,
-            "ROWS": tuning.rows,
-            "BLOCK": tuning.block,
-            "OVERLAPS": gated,
-        },
-    )
-    pointers = {"x_ptr": "*bf16", "norm_ptr": "*bf16", "out_ptr": "*bf16"}
-    compile_(triton_few._norm, pointers, {"K": 4096, "BLOCK": 4096, "OVERLAPS": gated})
