@@ -253,6 +253,42 @@ def inference(name: str) -> list[str]:
     ]
 
 
+SERVED = {
+    "hybrid": "**hybrid**",
+    "hybrid_fp8": "**hybrid**, cache in 8 bits",
+    "full": "same engine, all layers full",
+    "transformers": "transformers (sdpa)",
+}
+
+
+def serving(name: str) -> list[str]:
+    """Return the short table of one inference benchmark: a prompt of 128K tokens, its cache, one
+    sequence's tokens and those of as many as fit."""
+    results = newest(name)
+    rows = [row for row in results["rows"] if row["length"] == ACCEPTANCE_LENGTH]
+    prompts, caches, tokens = (
+        {variant: group for (_, batch, variant), group in found.items() if batch == 1}
+        for found in (summary.rows_of(rows, name) for name in ("prefill", "kv_bytes", "decode"))
+    )
+    batches = summary.best_batches(rows)
+    lines = [
+        f"| {say_tokens(ACCEPTANCE_LENGTH)} tokens | prompt read | cache | one sequence | "
+        "as many as fit |",
+        "|---|---|---|---|---|",
+    ]
+    for variant, label in SERVED.items():
+        # In pieces, as prompts are read unless asked otherwise.
+        prompt = min(prompts[variant], key=lambda row: row["prefill_chunk"])
+        cache, token = caches[variant][0], tokens[variant][0]
+        most = batches[ACCEPTANCE_LENGTH, variant]
+        lines.append(
+            f"| {label} | {prompt['value']:.1f} s | {say_bytes(cache['value'])} | "
+            f"{token['value']:.1f} ms a token | {most['tokens_per_second']:.0f} tokens/s "
+            f"({most['batch']}) |"
+        )
+    return [*lines, "", f"{results['shape']}. " + provenance(results)]
+
+
 def train(name: str) -> list[str]:
     """Return the table of one training benchmark."""
     if not files(name):
@@ -329,6 +365,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         "attention-lengths", "attention-lengths-strided"
     ),
     "attention_gqa": lambda: attention("attention-gqa"),
+    "serving": lambda: serving("inference"),
     "inference": lambda: inference("inference"),
     "inference_gqa": lambda: inference("inference-gqa"),
     "inference_qwen3": lambda: inference("inference-qwen3"),

@@ -15,12 +15,13 @@ import triton.language as tl
 
 from longgen.engine.kernels import Places, launch_options
 from longgen.engine.linear import Rotary, Seen
+from longgen.engine.splits import FEW_KEYS, choose_splits
 from longgen.engine.triton_store import angles, put, rotate_and_store, rotated
 
 
 class Tuning(NamedTuple):
     """Hold the keys that a program reads at a time, its warps, the blocks that it has under way,
-    and programs a multiprocessor."""
+    and programs a multiprocessor: as many as run at a time on a Hopper GPU, or a multiple."""
 
     block: int
     num_warps: int
@@ -33,18 +34,12 @@ BLOCK_BYTES = 1 << 15
 # For queries that have their keys alone or share them, for e4m3, and for few keys: the fastest of
 # 33 to 190 combinations each for 131,072 keys, or the 2,112 of a sparse layer, on an H100
 # (docs/experiments.md).
-ALONE, SHARED, EIGHT_BITS = Tuning(128, 8, 3, 8), Tuning(64, 4, 3, 4), Tuning(128, 8, 2, 8)
+ALONE, SHARED, EIGHT_BITS = Tuning(128, 8, 3, 8), Tuning(64, 4, 3, 4), Tuning(128, 8, 2, 9)
 FEW_ALONE, FEW_SHARED, FEW_EIGHT_BITS = (
     Tuning(32, 4, 2, 4),
     Tuning(32, 2, 4, 8),
     Tuning(32, 4, 3, 4),
 )
-# The most keys that are few.
-FEW_KEYS = 8192
-# Keys that one program still reads alone, and the fewest for which others are cut in parts.
-WHOLE_KEYS = 512
-SPLIT_KEYS = 96
-MOST_SPLITS = 128
 # The most parts that the last program puts together by itself, and the numbers it holds at a time.
 JOIN_SPLITS = 32
 JOIN_NUMBERS = 8192
@@ -445,17 +440,10 @@ def _tuning(group: int, dim_tile: int, size: int, capacity: int) -> Tuning:
     return tuning._replace(block=min(tuning.block, max(MIN_SIDE, BLOCK_BYTES // dim_tile // size)))
 
 
-def _splits(pairs: int, programs: int, capacity: int, device: torch.device) -> int:
-    """Cut keys into so many parts that every multiprocessor has enough to read at any time."""
-    if capacity <= WHOLE_KEYS:
-        return 1
-    processors = (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 4
-    )
-    wanted = -(-programs * processors // pairs)
-    return max(1, min(wanted, -(-capacity // SPLIT_KEYS), MOST_SPLITS))
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # of Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def paged_decode(
@@ -503,7 +491,9 @@ def paged_decode(
     dim_tile = max(triton.next_power_of_2(head_dim), MIN_SIDE)
     tuning = _tuning(group, dim_tile, keys.element_size(), capacity)
     pairs = number * num_key_heads
-    splits = num_splits or _splits(pairs, tuning.programs, capacity, q.device)
+    splits = num_splits or choose_splits(
+        pairs, capacity, programs=tuning.programs, processors=_processors(q.device)
+    )
     most = JOIN_SPLITS if join_splits is None else join_splits
     joins = arrivals is not None and 1 < splits <= most
     # The kernels have one set of strides for both, and go by rows.

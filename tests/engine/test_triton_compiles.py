@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.engine.test_splits import programs_of
+
 triton = pytest.importorskip("triton")
 
 pytestmark = pytest.mark.skipif(
@@ -146,3 +148,10 @@ def test_attending_compiles(new: str, kept: str, splits: str) -> None:
         fetches = [line for line in loads if "cp.async.bulk.prefetch.L2" in line]
         assert len(fetches) == 2 and 3 <= len(loads) <= 4
         assert loads[-2:] == fetches and not any(others)
+
+
+def test_programs_are_those_that_were_measured() -> None:
+    from longgen.engine.triton_decode import ALONE, EIGHT_BITS, SHARED
+
+    assert (ALONE.programs, SHARED.programs) == (programs_of("bf16", 1), programs_of("bf16", 4))
+    assert EIGHT_BITS.programs == programs_of("fp8", 1) == programs_of("fp8", 4)

@@ -252,12 +252,10 @@ def test_recorded_steps_write_what_generate_does(pattern: SparsePattern) -> None
 def test_recorded_steps_equal_unrecorded_ones(
     joins: bool, kv_dtype: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from longgen.engine import triton_decode
-
     if joins:
         # Slots as small as these are otherwise read by one program.
         for name in ("WHOLE_KEYS", "SPLIT_KEYS"):
-            monkeypatch.setattr(triton_decode, name, 16)
+            monkeypatch.setattr(f"longgen.engine.splits.{name}", 16)
     model = build(pattern=STRIDED, heads=4, key_value_heads=2).cuda()
     outputs = []
     for capture in (True, False):
