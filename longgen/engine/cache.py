@@ -21,6 +21,18 @@ from longgen.transfer import to_device
 FP8_MARGIN = 8.0
 
 
+def _to_eight_bits(new: torch.Tensor, scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """Divide keys or values (T, Hkv, D) by a factor a head (Hkv,) and round them."""
+    largest = torch.finfo(stored).max
+    # Beyond the range PyTorch's conversion gives NaN on some devices.
+    return (new / scale[:, None]).clamp(-largest, largest).to(stored)
+
+
+def _from_eight_bits(held: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Undo it."""
+    return (held.float() * scale[:, None]).to(dtype)
+
+
 class Pool:
     """Hand out numbers 0 .. size - 1, lowest first, and take them back."""
 
@@ -108,6 +120,7 @@ class EngineCache:
         if dtype == torch.float8_e4m3fn:
             self.scales = [torch.ones(2, num_key_value_heads, device=device) for _ in plan.layers]
         self._has_scales = [False] * len(plan.layers)
+        self._to_eight_bits, self._from_eight_bits = _to_eight_bits, _from_eight_bits
 
     def encode(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
@@ -124,12 +137,8 @@ class EngineCache:
                 sizes = new.float().abs().nan_to_num(nan=0.0, posinf=0.0).amax((0, 2))
                 scale.copy_(sizes.clamp(min=1e-4) * FP8_MARGIN / largest)
             self._has_scales[layer] = True
-        # Beyond the range PyTorch's conversion gives NaN on some devices.
-        k, v = (
-            (new / scale[:, None]).clamp(-largest, largest).to(stored)
-            for scale, new in zip(self.scales[layer], (k, v), strict=True)
-        )
-        return k, v
+        to = self._to_eight_bits
+        return to(k, self.scales[layer][0], stored), to(v, self.scales[layer][1], stored)
 
     def decode(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype
@@ -137,11 +146,15 @@ class EngineCache:
         """Turn stored keys and values (..., Hkv, D) of a layer into numbers of another dtype."""
         if self.scales is None:
             return k.to(dtype), v.to(dtype)
-        k, v = (
-            (held.to(dtype) * scale[:, None].to(dtype))
-            for scale, held in zip(self.scales[layer], (k, v), strict=True)
-        )
-        return k, v
+        back = self._from_eight_bits
+        return back(k, self.scales[layer][0], dtype), back(v, self.scales[layer][1], dtype)
+
+    def compile(self) -> None:
+        """Have `torch.compile` make one kernel of each conversion to 8 bits and back, which takes
+        several otherwise, over a whole prompt's keys and values."""
+        if self.scales is not None:
+            self._to_eight_bits = torch.compile(_to_eight_bits, dynamic=True)
+            self._from_eight_bits = torch.compile(_from_eight_bits, dynamic=True)
 
     def clear_slot(self, slot: int) -> None:
         """Fill a slot with zeros: what is no number there would be none under a mask either."""

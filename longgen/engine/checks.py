@@ -35,6 +35,32 @@ def check_model(model: Any) -> Any:
     return config
 
 
+def check_kv_dtype(name: str | None, own: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of keys and values.
+
+    Args:
+        name: as `Engine` takes it.
+        own: the model's.
+        device: where they are kept.
+
+    Raises:
+        UsageError: if it is not known, or the GPU has no such numbers.
+    """
+    if name is None:
+        return own
+    if name != "fp8":
+        raise UsageError(f'kv_dtype is {name!r}; leave it out for the model\'s own, or give "fp8".')
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            raise UsageError(
+                "Keys and values in fp8 need an Ada, Hopper or newer GPU (compute capability 8.9); "
+                f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}. Leave "
+                "fp8 out."
+            )
+    return torch.float8_e4m3fn
+
+
 def check_limits(
     context: int | None,
     *,

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
-import torch
-
 from longgen.engine.cache import EngineCache, Span
-from longgen.engine.checks import check_limits, check_model, token_ids
+from longgen.engine.checks import check_kv_dtype, check_limits, check_model, token_ids
 from longgen.engine.decode import DecodeBatch
 from longgen.engine.request import Request, RequestOutput, State
 from longgen.engine.runner import DecodeRunner
@@ -76,10 +74,7 @@ class Engine:
             max_batched_tokens=max_batched_tokens,
             prefill_chunk=prefill_chunk,
         )
-        if kv_dtype not in (None, "fp8"):
-            raise UsageError(
-                f'kv_dtype is {kv_dtype!r}; leave it out for the model\'s own, or give "fp8".'
-            )
+        dtype = check_kv_dtype(kv_dtype, model.dtype, model.device)
         max_length = max_length or context
         pages = -(-max_length // page_size)
         if num_pages is not None and num_pages < pages:
@@ -93,7 +88,7 @@ class Engine:
             page_size=page_size,
             num_slots=max_sequences,
             max_length=max_length,
-            dtype=model.dtype if kv_dtype is None else torch.float8_e4m3fn,
+            dtype=dtype,
             device=model.device,
         )
         self.scheduler = Scheduler(
@@ -104,6 +99,7 @@ class Engine:
         self.decode_runner: DecodeRunner | None = None
         if self.cache.device.type == "cuda" and not enforce_eager:
             compile_layers(model)
+            self.cache.compile()
             self.decode_runner = DecodeRunner(model, self.cache)
         # By the layers as they will run: compiled ones round differently.
         set_scales(model, self.cache, impl)

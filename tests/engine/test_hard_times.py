@@ -11,6 +11,7 @@ import torch
 
 from longgen.engine import Engine, SamplingParams
 from longgen.engine import engine as engine_module
+from longgen.engine.checks import check_kv_dtype
 from longgen.engine.runner import DecodeRunner
 from longgen.engine.sizes import PATIENCE, StepSizes
 from longgen.errors import UsageError
@@ -353,3 +354,17 @@ def test_a_pool_too_small_for_the_prompt_says_so(model: Any) -> None:
         engine.add_request([5] * 21)
     (request,) = engine.generate([[5] * 20], SamplingParams(max_tokens=10, ignore_eos=True))
     assert len(request.output) == 1 and request.finish_reason == "length"
+
+
+def test_gpus_without_eight_bits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, own = torch.device("cuda", 0), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UsageError, match=r"capability 8\.9\); NVIDIA A100 has 8\.0\. Leave fp8"):
+        check_kv_dtype("fp8", own, gpu)
+    assert check_kv_dtype(None, own, gpu) is own
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert check_kv_dtype("fp8", own, gpu) is torch.float8_e4m3fn
+    assert check_kv_dtype("fp8", own, torch.device("cpu")) is torch.float8_e4m3fn
+    with pytest.raises(UsageError, match="kv_dtype is 'int4'"):
+        check_kv_dtype("int4", own, gpu)

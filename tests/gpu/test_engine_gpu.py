@@ -292,3 +292,37 @@ def test_bf16_rounds_no_worse_than_eager(
     with capsys.disabled():
         print(f"\n{pattern}, {heads} heads, enforce_eager={enforce_eager}\n{found.summary()}")
     found.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_conversions_to_eight_bits(dtype: torch.dtype) -> None:
+    """Of pieces of any length, in a row or in turn with other heads: the same but for a quotient
+    that lies between two numbers, which may go to either."""
+    caches = [
+        EngineCache(
+            LayerPlan("F", SINK),
+            4,
+            64,
+            num_pages=1,
+            page_size=1024,
+            num_slots=1,
+            max_length=1024,
+            dtype=FP8,
+            device=torch.device("cuda"),
+        )
+        for _ in range(2)
+    ]
+    caches[1].compile()
+    for length in (1000, 1, 77, 512):
+        new = 30 * torch.randn(2, 1, 4, length, 64, device="cuda", dtype=dtype)
+        # Beyond what the first piece lets pass.
+        new[0, ..., 5] *= 1e4
+        pieces = [x[0].transpose(0, 1) for x in new]
+        for k, v in (pieces, [x.contiguous() for x in pieces]):
+            stored = [cache.encode(0, k, v) for cache in caches]
+            for a, b in zip(*stored, strict=True):
+                steps = a.view(torch.uint8).int() - b.view(torch.uint8).int()
+                assert steps.abs().max() <= 1 and (steps != 0).float().mean() < 1e-3
+            back = [cache.decode(0, *(x[None] for x in stored[0]), dtype) for cache in caches]
+            for a, b in zip(*back, strict=True):
+                assert torch.equal(a, b)
