@@ -144,7 +144,8 @@ def attention(
     )
     if own.pattern == NO_PATTERN:
         raise UsageError(
-            f"--pattern {NO_PATTERN} is full attention, which --patterns full measures; leave it out."
+            f"--pattern {NO_PATTERN} is full attention, which --patterns full measures; leave it "
+            "out."
         )
     custom = own.sparse_pattern() if own.given else None
     chosen_lengths = parse_lengths(lengths)
