@@ -16,7 +16,7 @@ import torch
 from longgen.attention.blocked import blocked_attention
 from longgen.attention.dense import dense_attention
 from longgen.attention.flash import flash_attend, flash_obstacle
-from longgen.attention.flex import SMALLEST_HEAD_DIM, flex_attend
+from longgen.attention.flex import flex_attend, flex_obstacle
 from longgen.attention.keep import attend_once, is_keeping
 from longgen.attention.reference import reference_attention
 from longgen.errors import UsageError
@@ -109,8 +109,14 @@ def attention(
         UsageError: if shapes, layout and pattern do not fit together, or the implementation cannot
             do the work.
     """
-    pattern = pattern or SparsePattern.full()
+    pattern = SparsePattern.full() if pattern is None else pattern
     _check_tensors(q, k, v, impl)
+    is_layout = layout is None or isinstance(layout, Layout)
+    if not isinstance(pattern, SparsePattern) or not is_layout:
+        raise UsageError(
+            f"pattern and layout must be a SparsePattern and a Layout; they are {pattern!r} and "
+            f"{layout!r}. Layout.packed(cu_seqlens) makes one of cumulative lengths."
+        )
     layout = layout or Layout.causal(q.shape[1], k.shape[1])
     _check_layout(q, k, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -162,7 +168,7 @@ def _auto(
     if return_lse and impl.startswith("dense"):
         # PyTorch's own kernels keep it to themselves.
         impl = "flex" if device == "cuda" else "blocked"
-    if impl == "flex" and q.shape[3] < SMALLEST_HEAD_DIM:
+    if impl == "flex" and flex_obstacle(q):
         impl = "blocked"
     _announce(impl, pattern, q, obstacle)
     return impl
@@ -203,8 +209,14 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, impl: str)
         raise UsageError(
             f"q, k and v must have one dtype; they are {q.dtype}, {k.dtype}, {v.dtype}."
         )
-    if not q.dtype.is_floating_point:
-        raise UsageError(f"q, k and v must be of floating point; they are {q.dtype}.")
+    if not q.dtype.is_floating_point or q.dtype.itemsize < 2:
+        raise UsageError(
+            f"q, k and v must be of floating point, 16 bits or more; they are {q.dtype}."
+        )
+    if not q.device == k.device == v.device:
+        raise UsageError(
+            f"q, k and v must be on one device; they are on {q.device}, {k.device}, {v.device}."
+        )
     if 0 in (*q.shape[1:], *k.shape[1:]):
         raise UsageError(
             "q and k need at least one token, one head and a head size; they are "

@@ -18,10 +18,13 @@ _FEW_QUERIES = 256
 
 @lru_cache(maxsize=16)
 def _backends(device: torch.device, dtype: torch.dtype, is_causal: bool) -> tuple[SDPBackend, ...]:
-    """Return the fused backends to try, fastest first; none of them materialises a mask."""
+    """Return the backends to try, fastest first. None of them materialises a mask but the last of
+    fp32, and the only one of fp64."""
     major = torch.cuda.get_device_capability(device)[0]
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    if dtype == torch.float32:
+    if dtype == torch.float64:
+        order = [SDPBackend.MATH]
+    elif dtype == torch.float32:
         order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     elif major >= 9 and is_causal:
         # Not for single queries against a growing cache: cuDNN plans anew for every new length.

@@ -18,6 +18,8 @@ from longgen.pattern import SparsePattern
 TILE = 128
 # Of a head on a GPU, says its compiler.
 SMALLEST_HEAD_DIM = 16
+# It sums in fp32, and its compilers take nothing wider.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -126,6 +128,18 @@ def _build(
     )
 
 
+def flex_obstacle(q: torch.Tensor) -> str | None:
+    """Say why FlexAttention takes no tensors like q (B, T, H, D), or return None."""
+    if q.device.type == "cuda" and q.shape[3] < SMALLEST_HEAD_DIM:
+        return (
+            f"FlexAttention takes heads of at least {SMALLEST_HEAD_DIM} on a GPU, the tensors have "
+            f"{q.shape[3]}"
+        )
+    if q.dtype not in DTYPES:
+        return f"FlexAttention takes {', '.join(map(str, DTYPES))}, the tensors are {q.dtype}"
+    return None
+
+
 def flex_attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -143,15 +157,13 @@ def flex_attend(
         out (B, T, H, D) and, if asked for, the log-sum-exp of the scores (B, H, T) in fp32.
 
     Raises:
-        UsageError: on CPU when gradients or the log-sum-exp are needed, which FlexAttention does
-            not compute there.
+        UsageError: if FlexAttention can't do it: by dtype or head size, and on CPU when gradients
+            or the log-sum-exp are needed.
     """
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if q.device.type == "cuda" and q.shape[3] < SMALLEST_HEAD_DIM:
-        raise UsageError(
-            f"FlexAttention takes heads of at least {SMALLEST_HEAD_DIM} on a GPU, the tensors have "
-            f'{q.shape[3]}; use impl="blocked" (or "auto").'
-        )
+    obstacle = flex_obstacle(q)
+    if obstacle:
+        raise UsageError(f'{obstacle}; use impl="blocked" (or "auto").')
     if q.device.type == "cpu" and wants_grad:
         raise UsageError(
             'FlexAttention computes no gradients on CPU; use impl="blocked" (or "auto") there.'

@@ -64,17 +64,22 @@ def _sdpa(name: str, label: str, title: str, backend: SDPBackend) -> Provider:
     return Provider(name=name, label=label, make=make, missing=missing)
 
 
-def _no_module(probe: str, package: str) -> Callable[[torch.device], str | None]:
-    """Return a check that the module `probe` of a package is there, and a GPU for its kernels."""
+def _no_module(
+    probe: str, package: str, install: str | None = None
+) -> Callable[[torch.device], str | None]:
+    """Return a check that there is a GPU for a package's kernels, and its module `probe`; `install`
+    is what pip is to be given if not the package itself."""
 
     def missing(device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"{package} needs an NVIDIA GPU."
         try:
             found = importlib.util.find_spec(probe)
         except (ImportError, ValueError):
             found = None
         if found is None:
-            return f"{package} is not installed; run: pip install {package}."
-        return None if device.type == "cuda" else f"{package} needs an NVIDIA GPU."
+            return f"{package} is not installed; run: pip install {install or package}."
+        return None
 
     return missing
 
@@ -267,14 +272,14 @@ PEERS = (
         name="fa4",
         label="FlashAttention-4",
         make=_fa4_full,
-        missing=_no_module(FA4_MODULE, "flash-attn-4"),
+        missing=_no_module(FA4_MODULE, "flash-attn-4", "'longgen[flash]'"),
         package="flash-attn-4",
     ),
     Provider(
         name="fa4_window",
         label="FlashAttention-4 window",
         make=_fa4_window,
-        missing=_no_module(FA4_MODULE, "flash-attn-4"),
+        missing=_no_module(FA4_MODULE, "flash-attn-4", "'longgen[flash]'"),
         package="flash-attn-4",
     ),
     Provider(

@@ -94,11 +94,14 @@ def _panel(
 ) -> None:
     """Draw one pattern and direction."""
     known = registry()
-    for name in providers:
+    for place, name in enumerate(providers, 1):
         line = sorted((r for r in rows if r["provider"] == name), key=lambda r: r["length"])
         if not line:
             continue
         x, y = [row["length"] for row in line], [row["value"] for row in line]
+        if len(lengths) == 1:
+            # Side by side: without lines, a marker would hide others.
+            x = [lengths[0] * 1.12 ** (2 * place / (len(providers) + 1) - 1)]
         label = known[name].label if name in known else name
         draw_line(axes, x, y, styles[name], label, is_bold=name == "ours")
         axes.vlines(x, *zip(*(row["spread"] for row in line), strict=True), color=styles[name][0])

@@ -62,15 +62,24 @@ class ResultsFile:
             )
 
     def write(self, rows: Rows, extra: Mapping[str, object], *, partial: bool = True) -> Path:
-        """Write all rows so far, with further keys for the top level."""
-        return write_results(
-            self.path,
-            self.name,
-            rows,
-            command=self.command,
-            seed=self.seed,
-            extra={**({"partial": True} if partial else {}), **extra},
-            device=self.device,
-            gpus=self.gpus,
-            packages=self.packages,
-        )
+        """Write all rows so far, with further keys for the top level.
+
+        Raises:
+            UsageError: nothing can be written there (any more); what was written stays.
+        """
+        try:
+            return write_results(
+                self.path,
+                self.name,
+                rows,
+                command=self.command,
+                seed=self.seed,
+                extra={**({"partial": True} if partial else {}), **extra},
+                device=self.device,
+                gpus=self.gpus,
+                packages=self.packages,
+            )
+        except OSError as error:
+            raise UsageError(
+                f"Cannot write {self.path}: {error}. Make room, or give another folder with --out."
+            ) from error

@@ -125,8 +125,22 @@ def test_nothing_to_attend_with_is_refused(impl: str) -> None:
     for q, k in ((some, no_heads), (no_heads, some), (no_tokens, some), (no_tokens, no_tokens)):
         with pytest.raises(UsageError, match="at least one token, one head"):
             attention(q, k, k, impl=impl)
-    with pytest.raises(UsageError, match=r"floating point; they are torch\.int32"):
-        attention(some.int(), some.int(), some.int(), impl=impl)
+    for dtype in (torch.int32, torch.float8_e4m3fn):
+        with pytest.raises(UsageError, match=rf"floating point, 16 bits or more; they are {dtype}"):
+            attention(*[some.to(dtype)] * 3, impl=impl)
+
+
+def test_tensors_of_several_devices_are_refused() -> None:
+    q, k, v, _ = random_inputs(5)
+    for here, there in ((k, v.to("meta")), (k.to("meta"), v)):
+        with pytest.raises(UsageError, match=r"one device; they are on cpu, .*meta"):
+            attention(q, here, there)
+
+
+def test_what_is_no_pattern_or_layout_is_refused() -> None:
+    for wrong in ({"pattern": "attention-sink"}, {"pattern": ""}, {"layout": [0, 2, 5]}):
+        with pytest.raises(UsageError, match="a SparsePattern and a Layout; they are "):
+            attention(*random_inputs(5)[:3], **wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("impl", ["flash3", "", "dense", "Reference"])
@@ -146,6 +160,15 @@ def test_flex_with_gradients_on_cpu_is_refused(which: int) -> None:
         attention(*inputs, pattern=PATTERN, impl="flex")
     assert str(error.value) == (
         'FlexAttention computes no gradients on CPU; use impl="blocked" (or "auto") there.'
+    )
+
+
+def test_flex_in_fp64_is_refused() -> None:
+    with pytest.raises(UsageError) as error:
+        attention(*random_inputs(5, dtype=torch.float64)[:3], pattern=PATTERN, impl="flex")
+    assert str(error.value) == (
+        "FlexAttention takes torch.bfloat16, torch.float16, torch.float32, the tensors are "
+        'torch.float64; use impl="blocked" (or "auto").'
     )
 
 

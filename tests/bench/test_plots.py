@@ -57,6 +57,20 @@ def test_the_picture_holds_every_panel_and_all_text(
     assert len(labels) == len(set(labels)) == len(STYLES) + 1 and "matmul" in labels
 
 
+def test_providers_stand_side_by_side_at_a_single_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(panels, "save", lambda fig, path: figures.append(fig))
+    given = [row for row in rows("full") if row["length"] == 8192]
+    plot_attention(given, tmp_path / "a.png", title="")
+    for axes in figures[0].axes:
+        low, high = axes.get_xlim()
+        # All but the ceiling.
+        places = [float(line.get_xdata()[0]) for line in axes.get_lines()[:-1]]
+        assert len(set(places)) == len(STYLES) and all(low < x < high for x in places)
+
+
 def test_colours_and_markers_tell_providers_apart() -> None:
     assert len({(colour, line) for colour, _, line in STYLES.values()}) == len(STYLES)
 

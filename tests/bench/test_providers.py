@@ -67,7 +67,17 @@ def test_an_implementation_that_is_not_there_gives_a_reason(
 def test_peers_say_why_they_are_not_there(name: str) -> None:
     reason = registry()[name].missing(CPU)
     assert reason and reason.endswith(".")
-    assert "not installed" in reason or "NVIDIA GPU" in reason
+    assert "NVIDIA GPU" in reason
+
+
+@pytest.mark.parametrize("name", ["fa4", "fa4_window"])
+def test_the_version_that_longgen_needs_is_recommended(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one would run as a peer and keep the flash backend from running."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    reason = registry()[name].missing(CUDA)
+    assert reason == "flash-attn-4 is not installed; run: pip install 'longgen[flash]'."
 
 
 def test_peers_refuse_what_they_cannot_do() -> None:

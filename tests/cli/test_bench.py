@@ -96,7 +96,10 @@ def test_a_gpu_is_asked_for(refused: Callable[..., str]) -> None:
         (("--patterns", ","), "choose from full"),
         (("--pattern", "sink"), "The pattern 'sink' is not known"),
         (("--lengths", "8K,lots"), "number of tokens 'lots'"),
-        (("--lengths", ","), "at least one value"),
+        (("--pattern", "none"), "--patterns full measures; leave it out"),
+        (("--lengths", ","), "at least one length"),
+        (("--lengths", "1"), "at least one length of 2 tokens"),
+        (("--providers", ","), "--providers has no name"),
         (("--heads", 10, "--kv-heads", 4), "10 query heads are not a multiple of 4"),
         (("--shape", "gpt-2"), "shape 'gpt-2' is not known"),
         (("--dtype", "int8"), "dtype 'int8' is not known"),
@@ -118,6 +121,46 @@ def test_other_results_are_not_overwritten(run: Callable[..., Any], tmp_path: Pa
     result = run("bench", "attention", "--quick", "--out", tmp_path)
     assert result.code == 2 and "is not a results file" in result.err
     assert (tmp_path / "attention.json").read_text() == "{}"
+
+
+def test_a_length_is_measured_once_however_it_is_written(run: Callable[..., Any]) -> None:
+    result = run(
+        *("bench", "attention", "--quick", "--patterns", "full", "--providers", "ours"),
+        *("--lengths", "1K,1024,1_024", "--directions", "forward", "--json"),
+    )
+    assert [row["length"] for row in result.json["rows"]] == [1024]
+
+
+def test_names_are_whole_on_a_narrow_screen(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "72")
+    result = quick_run(run, "--patterns", "full", *SMALL)
+    assert result.code == 0
+    assert all(word in result.out for word in ("custom", "reference", "blocked"))
+
+
+def test_figures_are_shown_where_no_picture_can_be_written(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="an extra: longgen[plots]")
+    (tmp_path / "attention.png").mkdir()
+    result = quick_run(run, "--patterns", "full", "--providers", "ours", "--out", tmp_path)
+    assert result.code == 0 and "picture could not be written" in result.err
+    assert "ours" in result.out and (tmp_path / "attention.json").is_file()
+
+
+def test_a_full_disk_is_said_in_one_line(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("longgen.evaluate.results.write_atomically", full)
+    result = quick_run(run, "--patterns", "full", "--providers", "ours", "--out", tmp_path)
+    assert result.code == 2
+    last = result.err.splitlines()[-1]
+    assert last.startswith("error: Cannot write") and "No space left on device" in last
 
 
 def test_the_group_lists_its_commands(run: Callable[..., Any]) -> None:

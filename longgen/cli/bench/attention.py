@@ -15,6 +15,7 @@ from longgen.cli.bench.shared import (
     choose_dtype,
     figures,
     open_results,
+    parse_lengths,
     refuse_unknown,
     report,
     run_to_end,
@@ -24,6 +25,7 @@ from longgen.cli.bench.shared import (
 from longgen.cli.console import stdout_console
 from longgen.cli.models import DeviceOption, find_device, progress_lines
 from longgen.cli.options import (
+    NO_PATTERN,
     BlockSizeOption,
     HeadShiftOption,
     JsonOption,
@@ -32,7 +34,6 @@ from longgen.cli.options import (
     PlanOptions,
     SinkBlocksOption,
     StrideBlocksOption,
-    parse_tokens,
 )
 from longgen.errors import UsageError
 from longgen.pattern import SparsePattern
@@ -141,9 +142,13 @@ def attention(
         stride_blocks=stride_blocks,
         head_shift=head_shift,
     )
+    if own.pattern == NO_PATTERN:
+        raise UsageError(
+            f"--pattern {NO_PATTERN} is full attention, which --patterns full measures; leave it "
+            "out."
+        )
     custom = own.sparse_pattern() if own.given else None
-    texts = split_list(lengths)
-    chosen_lengths = None if texts is None else tuple(parse_tokens(text) for text in texts)
+    chosen_lengths = parse_lengths(lengths)
 
     place = find_device(device)
     ask_for_gpu(
@@ -242,8 +247,8 @@ def _settings(
 
     dtype = choose_dtype(dtype, device)
     refuse_unknown("--directions", directions, DIRECTIONS)
-    if providers == () or lengths == ():
-        raise UsageError("--providers and --lengths need at least one value each.")
+    if providers == ():
+        raise UsageError("--providers has no name; leave it out to measure all that run well here.")
     settings = Settings(
         patterns=patterns,
         lengths=lengths or (8192, 32768, 131072),
@@ -290,7 +295,8 @@ def _print_table(run: AttentionBench) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("pattern", "tokens", "provider"):
-        table.add_column(column, justify="right" if column == "tokens" else "left")
+        # Names are read whole; it's the heads of figures that wrap on a narrow screen.
+        table.add_column(column, justify="right" if column == "tokens" else "left", no_wrap=True)
     shown = run.settings.directions
     for direction in shown:
         for column in (f"{direction} TFLOP/s", "of matmul", "ms"):

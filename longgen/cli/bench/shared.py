@@ -65,7 +65,8 @@ def parse_lengths(text: str | None) -> tuple[int, ...] | None:
     parts = split_list(text)
     if parts is None:
         return None
-    lengths = tuple(parse_tokens(part) for part in parts)
+    # 1K and 1024 are one.
+    lengths = tuple(dict.fromkeys(parse_tokens(part) for part in parts))
     if not lengths or min(lengths) < SHORTEST:
         raise UsageError(f"--lengths is {text!r}; give at least one length of 2 tokens or more.")
     return lengths
@@ -238,6 +239,8 @@ def draw(plot: Callable[[], object], say: Callable[[str], None]) -> None:
         plot()
     except UsageError as error:
         say(str(error))
+    except OSError as error:
+        say(f"The picture could not be written: {error}.")
 
 
 def say_ceiling(ceiling: Ceiling) -> str:

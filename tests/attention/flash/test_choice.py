@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
-from longgen.attention import api, attention, flash
+from longgen.attention import api, attention, dense, flash
 from longgen.attention.flash import DTYPES, FLASH_ATTN_4, HEAD_DIMS, flash_obstacle
 from longgen.attention.testing import random_inputs
 from longgen.errors import UsageError
@@ -238,6 +239,18 @@ def test_flex_refuses_small_heads() -> None:
     q, k = tensor(8), tensor(8, heads=2)
     with pytest.raises(UsageError, match="heads of at least 16 on a GPU, the tensors have 8; use"):
         attention(q, k, k, pattern=SINK, impl="flex")
+
+
+def test_fp64_is_not_left_to_kernels_that_sum_in_fp32(
+    hopper: None, chosen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = tensor(dtype=torch.float64), tensor(dtype=torch.float64, heads=2)
+    attention(q, k, k, pattern=SINK)
+    attention(q, k, k)
+    assert chosen == ["blocked", "dense"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Hopper")
+    backends = dense._backends.__wrapped__(torch.device("cuda", 0), torch.float64, True)
+    assert backends == (SDPBackend.MATH,)
 
 
 def test_auto_says_that_it_took_it(
