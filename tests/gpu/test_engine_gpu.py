@@ -292,3 +292,20 @@ def test_bf16_rounds_no_worse_than_eager(
     with capsys.disabled():
         print(f"\n{pattern}, {heads} heads, enforce_eager={enforce_eager}\n{found.summary()}")
     found.check()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["recorded", "plain"])
+def test_a_gpu_that_is_not_the_current_one(enforce_eager: bool) -> None:
+    """One sequence and two, in pieces: as on the first GPU."""
+    prompts = [tokens(n, seed=n).tolist() for n in (40, 23)]
+    outputs = []
+    for index in range(2):
+        model = build(pattern=SINK, heads=4, key_value_heads=2).to(f"cuda:{index}")
+        settings: dict[str, Any] = {"max_length": 150, "max_sequences": 2, "prefill_chunk": 16}
+        engine = Engine(model, enforce_eager=enforce_eager, **settings)
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        done = [*engine.generate(prompts, params), *engine.generate(prompts[:1], params)]
+        outputs.append([request.output for request in done])
+        assert torch.cuda.current_device() == 0
+    assert outputs[0] == outputs[1]
