@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import index
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -75,9 +75,10 @@ def check_limits(
         )
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     try:
-        return not isinstance(value, bool) and index(value) == value
+        index(value)  # type: ignore[arg-type]
+        return not isinstance(value, bool)
     except TypeError:
         return False
 
