@@ -62,16 +62,37 @@ def ratios(rows: Rows) -> list[dict[str, Any]]:
 
 
 def best_batches(rows: Rows) -> dict[tuple[int, str], Row]:
-    """Return the row of most tokens a second over all sequences, by length and variant."""
+    """Return the row of most tokens a second over all sequences, by length and variant.
+
+    A variant whose run ended before as many sequences as others had, though more of its own fit,
+    is left out: its best is not known.
+    """
     found: dict[tuple[int, str], Row] = {}
-    for (length, _, name), group in rows_of(rows, "decode").items():
+    tried: dict[tuple[int, str], int] = {}
+    for (length, batch, name), group in rows_of(rows, "decode").items():
+        tried[length, name] = max(batch, tried.get((length, name), 0))
         for row in group:
             most = found.get((length, name))
             if row["value"] is not None and (
                 most is None or row["tokens_per_second"] > most["tokens_per_second"]
             ):
                 found[length, name] = row
-    return found
+    fits = _fits(rows)
+
+    def is_whole(length: int, name: str) -> bool:
+        most = max(batch for (other, _), batch in tried.items() if other == length)
+        return tried[length, name] >= min(most, fits.get((length, name), most))
+
+    return {key: row for key, row in found.items() if is_whole(*key)}
+
+
+def _fits(rows: Rows) -> dict[tuple[int, str], int]:
+    """Return how many sequences fit, by length and variant."""
+    return {
+        (length, name): row["max_sequences"]
+        for (length, _, name), group in rows_of(rows, "kv_bytes").items()
+        if (row := best(group))
+    }
 
 
 def _throughputs(rows: Rows) -> list[dict[str, Any]]:
@@ -151,11 +172,7 @@ def throughput_table(rows: Rows) -> Table:
     """Return tokens per second of all sequences together, at the best number of them."""
     head = ["tokens", "variant", "fit", "best with", "tokens/s in all", "hybrid is"]
     most = best_batches(rows)
-    fits = {
-        (length, name): row["max_sequences"]
-        for (length, _, name), group in rows_of(rows, "kv_bytes").items()
-        if (row := best(group))
-    }
+    fits = _fits(rows)
     groups = {(length, 1, name): [row] for (length, name), row in most.items()}
 
     def line(key: tuple[int, int, str], group: list[Row]) -> list[str]:

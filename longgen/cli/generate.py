@@ -258,6 +258,9 @@ def _prompt(text: str | None, file: str | None) -> str:
 
 
 def _encode(tokenizer: Any, text: str, chat: bool, model: str) -> list[int]:
+    from longgen.engine.checks import check_text
+
+    check_text(text)
     if not chat:
         return list(tokenizer(text, verbose=False)["input_ids"])
     if not tokenizer.chat_template:

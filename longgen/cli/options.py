@@ -172,7 +172,12 @@ class PlanOptions:
 
 
 def resolve_plan(
-    shape: ModelShape, context: int, options: PlanOptions, *, allow_hybrid: bool = False
+    shape: ModelShape,
+    context: int,
+    options: PlanOptions,
+    *,
+    allow_hybrid: bool = False,
+    remedy: str = "Give a longer --context, fewer or smaller blocks, or --pattern none.",
 ) -> LayerPlan:
     """Turn the options into the layer plan of a model for a context of `context` tokens.
 
@@ -181,6 +186,7 @@ def resolve_plan(
         context: tokens that the plan is for.
         options: what the user chose.
         allow_hybrid: return the plan of a model that is a hybrid already, if no option was given.
+        remedy: what to do about a pattern that hides nothing of the context.
 
     Raises:
         UsageError: if the model is sparse or a hybrid already, or the options do not fit it or the
@@ -208,7 +214,7 @@ def resolve_plan(
     pattern = options.sparse_pattern()
     plan = LayerPlan.build(shape.num_hidden_layers, options.full_layers or "middle", pattern)
     if "S" in plan.layers:
-        _refuse_covering(pattern, context, shape.num_key_value_heads)
+        _refuse_covering(pattern, context, shape.num_key_value_heads, remedy)
     return plan
 
 
@@ -222,15 +228,16 @@ def refuse_sliding_window(shape: ModelShape, context: int) -> None:
         )
 
 
-def _refuse_covering(pattern: SparsePattern, context: int, num_key_value_heads: int) -> None:
+def _refuse_covering(
+    pattern: SparsePattern, context: int, num_key_value_heads: int, remedy: str
+) -> None:
     """Refuse a pattern whose last token still sees the whole context: no layer would be sparse."""
     seen = pattern.cache_length(context - 1, num_key_value_heads) + 1 if context > 1 else 1
     if pattern.covers(context) or seen >= context:
         span = (pattern.sink_blocks + pattern.local_blocks) * pattern.block_size
         raise UsageError(
             f"The pattern ({pattern}) keeps up to {max(seen, span):,} tokens, which is all of the "
-            f"context of {context:,}: nothing would be sparse. Give a longer --context, fewer or "
-            "smaller blocks, or --pattern none."
+            f"context of {context:,}: nothing would be sparse. {remedy}"
         )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import index
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from longgen.errors import UsageError
+
+# Numbers of an engine that may be left to it.
+_OPTIONAL = ("max_length", "num_pages", "prefill_chunk")
 
 
 def check_model(model: Any) -> Any:
@@ -83,8 +86,9 @@ def check_limits(
         "max_batched_tokens": max_batched_tokens,
     }
     for name, value in (own | others).items():
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}; give a whole number of at least 1.")
+        if (value is None and name in _OPTIONAL) or (_is_whole(value) and value >= 1):
+            continue
+        raise UsageError(f"{name} is {value!r}; give a whole number of at least 1.")
     if max_length is not None and context is not None and max_length > context:
         raise UsageError(
             f"max_length is {max_length} tokens, the model was made for {context}. Give at most "
@@ -95,6 +99,30 @@ def check_limits(
             f"max_batched_tokens is {max_batched_tokens}, too few for a token of each of "
             f"{max_sequences} sequences. Raise it or lower max_sequences."
         )
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    try:
+        index(value)  # type: ignore[arg-type]
+        return not isinstance(value, bool)
+    except TypeError:
+        return False
+
+
+def check_text(text: str) -> None:
+    """See that a tokenizer can take a text.
+
+    Raises:
+        UsageError: if it holds half of a character, as bytes that are no UTF-8 leave it in the
+            arguments of a command.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"The prompt is no text that UTF-8 can write: character {error.start:,} is "
+            f"{text[error.start]!a}, a half of one. Write it as UTF-8."
+        ) from None
 
 
 def token_ids(prompt: Iterable[Any], vocabulary: int, max_length: int) -> list[int]:

@@ -7,7 +7,13 @@ from itertools import count
 from typing import Any
 
 from longgen.engine.cache import EngineCache, Span
-from longgen.engine.checks import check_kv_dtype, check_limits, check_model, token_ids
+from longgen.engine.checks import (
+    check_kv_dtype,
+    check_limits,
+    check_model,
+    check_text,
+    token_ids,
+)
 from longgen.engine.decode import DecodeBatch
 from longgen.engine.request import Request, RequestOutput, State
 from longgen.engine.runner import DecodeRunner
@@ -142,7 +148,9 @@ class Engine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise UsageError(f"params is {params!r}; give SamplingParams.")
-        request_id = str(next(self._numbers)) if request_id is None else request_id
+        if request_id is None:
+            # Somebody may have given a request one of these names.
+            request_id = next(n for n in map(str, self._numbers) if n not in self.requests)
         if request_id in self.requests:
             raise UsageError(f"There is a request {request_id!r} already; give another name.")
         ids = self._encode(prompt)
@@ -168,6 +176,7 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UsageError("The engine has no tokenizer; give token ids instead of text.")
+            check_text(prompt)
             ids = self.tokenizer(prompt)["input_ids"]
         return token_ids(ids, self.model.config.vocab_size, self.max_length)
 
@@ -386,6 +395,8 @@ class Engine:
             the requests, in the order of the prompts, with `output`, `finish_reason` and, given a
             tokenizer, `text`.
         """
+        if isinstance(prompts, str):
+            raise UsageError("prompts is one text; give a list, or its letters would be prompts.")
         prompts = list(prompts)
         each = (
             [params] * len(prompts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +121,12 @@ def store_tokens(
 def use_triton(device: torch.device) -> bool:
     """Whether the Triton kernels can run: on NVIDIA GPUs, or under Triton's interpreter."""
     return HAS_TRITON and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one: Triton's launches, graphs and new events go there, wherever
+    tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def overlaps_launches(device: torch.device) -> bool:

@@ -18,6 +18,7 @@ import torch
 from longgen.engine import one_token
 from longgen.engine.cache import EngineCache
 from longgen.engine.decode import DecodeBatch, slot_places
+from longgen.engine.kernels import launching_on
 from longgen.engine.sampling import likeliest
 from longgen.engine.step import Step, run_tokens
 
@@ -236,7 +237,13 @@ class DecodeRunner:
             logits (N, vocabulary) and what `likeliest` makes of them, N tokens; the logits are
             overwritten by the next call.
         """
-        number = len(tokens)
+        with launching_on(self.cache.device):
+            return self._call((tokens, lengths, slots), tables, ahead)
+
+    def _call(
+        self, numbers: _Numbers, tables: list[list[int]], ahead: bool
+    ) -> tuple[torch.Tensor, list[int]]:
+        number = len(tables)
         size = next(n for n in self.sizes if n >= number)
         buffers = self._buffers.get(size)
         if buffers is None:
@@ -244,7 +251,6 @@ class DecodeRunner:
         if self._last is not None and self._last is not buffers:
             self._last.drop()
         self._last = buffers
-        numbers = tokens, lengths, slots
         try:
             if not buffers.began(numbers, tables):
                 buffers.fill(numbers, tables)

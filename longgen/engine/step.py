@@ -10,6 +10,7 @@ import torch
 from longgen.attention import attention
 from longgen.engine.cache import EngineCache, Span
 from longgen.engine.decode import DecodeBatch
+from longgen.engine.kernels import launching_on
 from longgen.transfer import to_device
 
 # Tokens whose keys and values set the scales of an 8 bit cache.
@@ -123,12 +124,13 @@ def run_tokens(
 
 def hidden_states(model: Any, step: Step, tokens: torch.Tensor) -> torch.Tensor:
     """Run a hybrid model over tokens (N,), up to its output head: (N, hidden size)."""
-    hidden: torch.Tensor = model.model(
-        input_ids=tokens[None],
-        position_ids=step.positions()[None],
-        use_cache=False,
-        longgen_step=step,
-    ).last_hidden_state[0]
+    with launching_on(step.cache.device):
+        hidden: torch.Tensor = model.model(
+            input_ids=tokens[None],
+            position_ids=step.positions()[None],
+            use_cache=False,
+            longgen_step=step,
+        ).last_hidden_state[0]
     return hidden
 
 

@@ -152,3 +152,15 @@ def test_the_best_batch_of_each() -> None:
         if row["case"].startswith("decode")
     ]
     assert [row["batch"] for row in summary.best_batches(slow).values()] == [1, 1, 1]
+
+
+def test_the_best_batch_is_not_known_where_a_run_ended_early() -> None:
+    whole = rows(131072)
+    short = [row for row in whole if (row["case"], row["batch"]) != ("decode.full", 4)]
+    assert [name for _, name in summary.best_batches(short)] == ["hybrid", "transformers"]
+    assert [line[1] for line in summary.throughput_table(short)[1]] == ["hybrid", "transformers"]
+    assert not any("as full" in line for line in summary.throughput_lines(short))
+    # Where no more would fit, nothing is missing.
+    one = [row | {"max_sequences": 1} if row["case"] == "kv_bytes.full" else row for row in short]
+    assert [name for _, name in summary.best_batches(one)] == ["hybrid", "full", "transformers"]
+    assert any("as full" in line for line in summary.throughput_lines(one))

@@ -121,13 +121,18 @@ def test_a_gpu_is_asked_for(refused: Callable[..., str]) -> None:
         (("--pattern", "none"), "No layer of the plan (FFFFFF) is sparse"),
         (("--full-layers", "all"), "No layer of the plan (FFFFFF) is sparse"),
         (("--pattern", "sinks"), "The pattern 'sinks' is not known"),
-        (("--pattern", "attention-sink", "--lengths", "1K"), "nothing would be sparse"),
+        (("--pattern", "attention-sink", "--lengths", "1K"), "Give longer --lengths"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
     refused: Callable[..., str], arguments: tuple[object, ...], words: str
 ) -> None:
     assert words in refused("bench", "inference", *arguments, "--quick")
+
+
+def test_a_seed_that_no_generator_takes_is_refused(run: Callable[..., Any]) -> None:
+    result = run("bench", "inference", "--quick", "--seed", 2**64)
+    assert result.code == 2 and "--seed" in result.err
 
 
 def test_without_a_model_only_quick_runs(refused: Callable[..., str]) -> None:

@@ -117,7 +117,7 @@ def test_a_gpu_is_asked_for(refused: Callable[..., str]) -> None:
         (("--sharding", "zero"), "sharding is 'zero'; choose from auto, fsdp, ddp"),
         (("--fp8",), "fp8 products cannot run here"),
         (("--pattern", "none"), "No layer of the plan (FFFFFF) is sparse"),
-        (("--pattern", "attention-sink", "--lengths", "1K"), "nothing would be sparse"),
+        (("--pattern", "attention-sink", "--lengths", "1K"), "Give longer --lengths"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

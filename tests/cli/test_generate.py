@@ -186,6 +186,7 @@ def test_bad_input_is_refused_in_one_sentence(
         ([], "either --prompt TEXT or --prompt-file FILE"),
         (["--prompt", "a", "--prompt-file", "b"], "either --prompt TEXT or --prompt-file FILE"),
         (["--prompt", ""], "The prompt is empty"),
+        (["--prompt", "a\udcff"], "no text that UTF-8 can write"),
         (["--prompt-file", tmp_path / "empty.txt"], "empty.txt is empty"),
         (["--prompt-file", tmp_path / "none.txt"], "No such file"),
         (["--prompt-file", tmp_path], "cannot be read"),

@@ -208,6 +208,8 @@ def test_streams_and_cancels(model: Any, tokens: Tokens) -> None:
 def test_text_stops_where_it_should(tiny_tokenizer: Any, build: Callable[..., Any]) -> None:
     model = build(layers="SF", vocab_size=len(tiny_tokenizer))
     engine = small_engine(model, tokenizer=tiny_tokenizer)
+    with pytest.raises(UsageError, match=r"character 1 is '\\udcff', a half of one"):
+        engine.add_request("a\udcff")
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     (whole,) = engine.generate(["hello"], params)
     text = whole.text
@@ -270,6 +272,10 @@ def test_settings_that_cannot_be(model: Any) -> None:
         ({"max_length": 10_000}, "max_length is 10000 tokens, the model was made for 512"),
         ({"page_size": -3}, "page_size is -3"),
         ({"max_batched_tokens": 3}, "too few for a token of each of 4 sequences"),
+        ({"max_length": 1.5}, "max_length is 1.5; give a whole number"),
+        ({"num_pages": "12"}, "num_pages is '12'; give a whole number"),
+        ({"max_sequences": None}, "max_sequences is None; give a whole number"),
+        ({"prefill_chunk": True}, "prefill_chunk is True; give a whole number"),
     ):
         with pytest.raises(UsageError, match=part):
             small_engine(model, **settings)
@@ -281,6 +287,8 @@ def test_settings_that_cannot_be(model: Any) -> None:
         engine.add_request([5], request_id="a")
     with pytest.raises(UsageError, match="no tokenizer to find text with"):
         engine.add_request([5], SamplingParams(stop=("x",)))
+    with pytest.raises(UsageError, match="prompts is one text; give a list"):
+        engine.generate("two")
     with pytest.raises(UsageError, match="There are 2 prompts but 1 params"):
         engine.generate([[5], [6]], [SamplingParams()])
 
@@ -344,3 +352,9 @@ def test_broken_logits_fail_their_own_request(
     assert (bad.finish_reason, fine.finish_reason) == ("error", "length")
     assert "NaN" in str(bad.error)
     assert fine.output == expected_tokens(model, good, 1)
+
+
+def test_names_that_were_given_are_not_made_up(model: Any) -> None:
+    engine = small_engine(model)
+    assert engine.add_request([5], request_id="1") == "1"
+    assert [engine.add_request([5]) for _ in range(3)] == ["0", "2", "3"]

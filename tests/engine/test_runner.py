@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 from longgen.engine import Engine, SamplingParams
+from longgen.engine.decode import DecodeBatch
 from longgen.engine.runner import DecodeRunner
 from tests.hf.conftest import SINK, STRIDED
 
@@ -262,3 +264,34 @@ def test_a_stop_token_and_a_cancellation_end_what_began_ahead(build: Make, token
     (last,) = engine.generate([prompts[2]], SamplingParams(max_tokens=40))
     assert last.output == whole[2]
     assert engine.cache.pages.num_free == engine.cache.pages.size
+
+
+def test_passes_run_with_their_gpu_as_the_current_one(
+    build: Make, tokens: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, decoding by transformers' layers, one token's own way: Triton looks at nothing
+    else."""
+    where: list[torch.device] = []
+    found: list[list[torch.device]] = []
+
+    @contextmanager
+    def launching_on(device: torch.device) -> Iterator[None]:
+        where.append(device)
+        yield
+        where.pop()
+
+    for module in ("step", "runner"):
+        monkeypatch.setattr(f"longgen.engine.{module}.launching_on", launching_on)
+    for name in ("attend", "rotate_and_attend"):
+        own = getattr(DecodeBatch, name)
+
+        def noted(self: Any, *args: Any, own: Any = own) -> Any:
+            found.append(list(where))
+            return own(self, *args)
+
+        monkeypatch.setattr(DecodeBatch, name, noted)
+    engine = small_engine(build(pattern=SINK))
+    engine.generate([tokens(20).tolist(), tokens(9).tolist()], SamplingParams(max_tokens=4))
+    engine.generate([tokens(20).tolist()], SamplingParams(max_tokens=4))
+    assert found and all(found) and not where
+    assert {device for some in found for device in some} == {engine.cache.device}

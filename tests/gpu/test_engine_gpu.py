@@ -326,3 +326,20 @@ def test_compiled_conversions_to_eight_bits(dtype: torch.dtype) -> None:
             back = [cache.decode(0, *(x[None] for x in stored[0]), dtype) for cache in caches]
             for a, b in zip(*back, strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["recorded", "plain"])
+def test_a_gpu_that_is_not_the_current_one(enforce_eager: bool) -> None:
+    """One sequence and two, in pieces: as on the first GPU."""
+    prompts = [tokens(n, seed=n).tolist() for n in (40, 23)]
+    outputs = []
+    for index in range(2):
+        model = build(pattern=SINK, heads=4, key_value_heads=2).to(f"cuda:{index}")
+        settings: dict[str, Any] = {"max_length": 150, "max_sequences": 2, "prefill_chunk": 16}
+        engine = Engine(model, enforce_eager=enforce_eager, **settings)
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        done = [*engine.generate(prompts, params), *engine.generate(prompts[:1], params)]
+        outputs.append([request.output for request in done])
+        assert torch.cuda.current_device() == 0
+    assert outputs[0] == outputs[1]

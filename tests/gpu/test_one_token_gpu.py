@@ -53,9 +53,7 @@ def test_products(rows: tuple[int, ...], size: int, dtype: torch.dtype) -> None:
     every = torch.cat(weights)
     exact = exact_norm(x, norm) @ every.double().T + torch.cat(biases).double() + residual.double()
     eager = residual + F.linear(norm.apply(x), every, torch.cat(biases))
-    found = [
-        matvec(x, weights, biases, norm=norm, residual=residual, overlaps=way) for way in WAYS
-    ]
+    found = [matvec(x, weights, biases, norm=norm, residual=residual, overlaps=way) for way in WAYS]
     budget = 2 * (eager.double() - exact).square().mean().sqrt()
     floor = exact.square().mean().sqrt() * torch.finfo(dtype).eps
     assert (found[0].double() - exact).square().mean().sqrt() <= budget + floor

@@ -35,7 +35,9 @@ DtypeOption = Annotated[
         help="Number format: bf16, fp16 or fp32. [default: bf16 on a GPU, fp32 on a CPU]",
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of inputs and samples.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of inputs and samples.")
+]
 
 
 def refuse_two_models(model: str | None, shape: str | None, *, quick: bool) -> None:
@@ -169,7 +171,8 @@ def hybrid_plan(
             sink_blocks=TINY_PATTERN.sink_blocks,
             local_blocks=TINY_PATTERN.local_blocks,
         )
-    plan = resolve_plan(found, context, options, allow_hybrid=True)
+    remedy = "Give longer --lengths, or fewer or smaller blocks."
+    plan = resolve_plan(found, context, options, allow_hybrid=True, remedy=remedy)
     if "S" not in plan.layers:
         raise UsageError(
             f"No layer of the plan ({plan}) is sparse, so there is no hybrid to compare with full "
