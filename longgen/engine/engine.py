@@ -7,13 +7,7 @@ from itertools import count
 from typing import Any
 
 from longgen.engine.cache import EngineCache, Span
-from longgen.engine.checks import (
-    check_kv_dtype,
-    check_limits,
-    check_model,
-    check_text,
-    token_ids,
-)
+from longgen.engine.checks import check_kv_dtype, check_limits, check_model, check_text, token_ids
 from longgen.engine.decode import DecodeBatch
 from longgen.engine.request import Request, RequestOutput, State
 from longgen.engine.runner import DecodeRunner
@@ -231,7 +225,7 @@ class Engine:
                 writing.append(request)
         # A prompt's last but one token, read by itself, brings no token: not the runner's.
         if self.decode_runner is not None and not spans and len(writing) == len(decoding):
-            ahead = self._goes_on(decoding)
+            ahead = self.scheduler.goes_on(decoding)
             logits, likeliest = self.decode_runner(tokens, *self._places(decoding), ahead=ahead)
         else:
             decode = DecodeBatch.of(self.cache, *self._places(decoding))
@@ -263,22 +257,6 @@ class Engine:
     def _decodes(request: Request, length: int) -> bool:
         """Whether a request's part of a step is one token after others that the cache holds."""
         return length == 1 and request.num_cached > 0
-
-    def _goes_on(self, decoding: list[Request]) -> bool:
-        """Whether the step after this one will be of the same requests, their likeliest tokens and
-        the pages that they have, unless one ends or comes that nobody can foresee."""
-        return (
-            not self.scheduler.waiting
-            # There, storing a token again is not the same as once.
-            and not self.cache.moves_tokens
-            and all(
-                request.row.params.takes_likeliest
-                and len(request.output) + 1 < request.params.max_tokens
-                and self.cache.num_pages_for(request.num_cached + 2) <= len(request.block_table)
-                and request.num_cached + 2 < self.max_length
-                for request in decoding
-            )
-        )
 
     @staticmethod
     def _places(requests: list[Request]) -> tuple[list[int], list[int], list[list[int]]]:

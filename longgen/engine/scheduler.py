@@ -35,6 +35,22 @@ class Scheduler:
         """Queue a request."""
         self.waiting.append(request)
 
+    def goes_on(self, decoding: list[Request]) -> bool:
+        """Whether the step after this one will be of the same requests, their likeliest tokens and
+        the pages that they have, unless one ends or comes that nobody can foresee."""
+        return (
+            not self.waiting
+            # There, storing a token again is not the same as once.
+            and not self.cache.moves_tokens
+            and all(
+                request.row.params.takes_likeliest
+                and len(request.output) + 1 < request.params.max_tokens
+                and self.cache.num_pages_for(request.num_cached + 2) <= len(request.block_table)
+                and request.num_cached + 2 < self.cache.max_length
+                for request in decoding
+            )
+        )
+
     def schedule(self) -> list[tuple[Request, int]]:
         """Return the requests of the next step and how many tokens of each go through the model."""
         budget = self.sizes.max_batched_tokens
