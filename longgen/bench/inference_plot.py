@@ -26,9 +26,9 @@ STYLES = {
 }
 LABELS = {
     "hybrid": "hybrid",
-    "hybrid_fp8": "hybrid, fp8 cache",
+    "hybrid_fp8": "hybrid with fp8 cache",
     "full": "the same engine, all layers full",
-    "full_fp8": "all layers full, fp8 cache",
+    "full_fp8": "all layers full with fp8 cache",
     "transformers": "transformers (sdpa, DynamicCache)",
 }
 

@@ -27,11 +27,11 @@ REQUIRED = ("card", "gpus", "date", "commit", "command", "versions", "seed", "ro
 VARIANTS = {
     "original": "original",
     "full": "full attention",
-    "full_fp8": "full attention, fp8 cache",
+    "full_fp8": "full attention with fp8 cache",
     "hybrid": "hybrid",
-    "hybrid_fp8": "hybrid, fp8 cache",
+    "hybrid_fp8": "hybrid with fp8 cache",
     "sparse": "all sparse",
-    "sparse_fp8": "all sparse, fp8 cache",
+    "sparse_fp8": "all sparse with fp8 cache",
 }
 
 

@@ -270,9 +270,11 @@ def test_eight_bits_beside_the_models_own_format(
     assert " ".join(header.split()) == "tokens model loss (nats)"
     assert [" ".join(line.split()[:-1]) for line in lines] == [
         "192 hybrid",
-        "192 hybrid, fp8 cache",
+        "192 hybrid with fp8 cache",
     ]
     assert "nats a token" in result.err
+    # Lines of the second say so.
+    assert any(line.strip().startswith("fp8 ") for line in result.err.splitlines())
     folder = tmp_path / "results"
     names = ["kv_dtypes.json", "loss.json", "loss.png", "loss_fp8.json", "loss_fp8.png"]
     assert sorted(path.name for path in folder.iterdir()) == [*names, "report.html", "report.md"]

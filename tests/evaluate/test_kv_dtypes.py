@@ -105,7 +105,7 @@ def test_both_formats_in_one_run(
     difference = found["loss.hybrid_fp8"]["value"] - found["loss.hybrid"]["value"]
     assert compared[1]["value"] == pytest.approx(difference)
     report = (tmp_path / "report.md").read_text()
-    for part in ("hybrid, fp8 cache", f"{difference:+.4f} nats a token", "(<loss_fp8.png>)"):
+    for part in ("hybrid with fp8 cache", f"{difference:+.4f} nats a token", "(<loss_fp8.png>)"):
         assert part in report
     assert sum("nats a token (standard" in line for line in lines) == 1
 
