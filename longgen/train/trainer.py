@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from longgen.accounting import training_flops
 from longgen.errors import UsageError
@@ -32,6 +33,7 @@ from longgen.train.saving import (
     load_optimizer,
     load_weights,
     mark_whole,
+    readable,
     save_optimizer,
     save_weights,
 )
@@ -120,12 +122,17 @@ class LongGenTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.model, resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
+        with readable(folder):
+            # The Trainer reads it again, later.
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        load_weights(self.model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_optimizer(self.model, self.optimizer, checkpoint)
-            state = torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True)
+            with readable(Path(checkpoint)):
+                state = torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True)
             self.lr_scheduler.load_state_dict(state)
 
 
