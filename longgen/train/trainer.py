@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset, SequentialSampler, get_worker_info
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -61,6 +61,10 @@ class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
         return self.count * self.num_shards
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if get_worker_info() is not None:
+            # The threads of tokenizers, which recall text takes, are not there in a forked process:
+            # where they are asked for by this variable, it would wait for them for ever.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         item = self.packed.item(index // self.num_shards)
         keys = ("input_ids", "position_ids", "shift_labels")
         part = shard({key: item[key] for key in keys}, index % self.num_shards, self.num_shards)
