@@ -2,7 +2,7 @@
 
 Files are results of `longgen bench train`; by default all of benchmarks/results. Prints planned
 against measured bytes and seconds, and the rates that would have been right. Exit code 1: a plan
-of memory is off by more than the tolerance.
+of memory is off by more than the tolerance; 2: a file cannot be read.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file in files:
         try:
             results = read_results(file)
+        except UsageError as error:
+            print(f"{file}: {error}")
+            code = 2
+            continue
+        try:
             rows = results["rows"]
             assert isinstance(rows, list)
             found = compare(rows)
@@ -45,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{sizes[1]}: {one.ratio:.2f}{'' if one.is_close else '  OFF'}"
                 )
             if any(one.what == "bytes" and not one.is_close for one in found):
-                code = 1
+                code = max(code, 1)
             for name, (before, after) in changed_rates(fit_rates(rows)).items():
                 print(f"  {name}: {before:.3f} in the plan, {after:.3f} fits")
         except UsageError as error:

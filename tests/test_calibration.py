@@ -96,3 +96,5 @@ def test_the_command_prints_what_is_off(tmp_path: Path, capsys: pytest.CaptureFi
     off = [{**row, "peak_bytes": 5} for row in rows()]
     file.write_text(json.dumps({**top, "rows": off}))
     assert calibrate.main([str(file)]) == 1
+    assert calibrate.main([str(tmp_path / "missing.json"), str(file)]) == 2
+    assert "missing.json" in capsys.readouterr().out

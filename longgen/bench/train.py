@@ -201,8 +201,10 @@ class TrainBench:
                 times.append(seconds)
         peak = peak_bytes(device)
         peaks = self.processes.each(float(peak or 0))
+        # Each process has its share of the loss of its group's sequence.
+        losses = self.processes.each(value)
         return {
-            "loss": value,
+            "loss": sum(losses) / self.processes.data_parallel,
             "peak_bytes": int(max(peaks)) if peak is not None else None,
             "communication": self._communication(step),
         }

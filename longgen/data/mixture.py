@@ -233,7 +233,8 @@ def packed_parts(data: Sequence[str]) -> list[Part] | None:
         UsageError: text and packed data together, weights for some or for text, or tokens that
             are not packed.
     """
-    given = [split_weight(path) for path in data]
+    # A recipe's paths have not been through a shell.
+    given = [(os.path.expanduser(path), weight) for path, weight in map(split_weight, data)]
     packed = [_is_packed(path) for path, _ in given]
     for path, weight in given:
         if is_tokenized(path):

@@ -23,7 +23,7 @@ def recall_text(config: ExtendConfig, tokenizer: Any) -> RecallText | None:
     return RecallText(tokenizer, records_per_sequence=config.recall_records)
 
 
-def mixture_of(config: ExtendConfig, tokenizer: Any) -> Mixture | None:
+def mixture_of(config: ExtendConfig, tokenizer: Any, recall: RecallText | None) -> Mixture | None:
     """Open the packed sets that `config.data` names, None if it names text.
 
     Raises:
@@ -43,7 +43,7 @@ def mixture_of(config: ExtendConfig, tokenizer: Any) -> Mixture | None:
     mixture = open_mixture(
         parts,
         seed=config.seed,
-        recall=recall_text(config, tokenizer),
+        recall=recall,
         recall_share=config.recall_share,
     )
     if mixture.context != config.context:

@@ -97,7 +97,8 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
     if config.fp8:
         check_float8("cuda" if torch.cuda.is_available() else "cpu")
     held, planned = _fit(config, shape, plan, processes)
-    mixture = mixture_of(config, tokenizer)
+    recall = recall_text(config, tokenizer)
+    mixture = mixture_of(config, tokenizer, recall)
     documents = None
     if mixture is None:
         documents = processes.first(lambda: None if resume else _documents(config), lambda: None)
@@ -124,7 +125,7 @@ def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> d
                 train,
                 context=config.context,
                 seed=config.seed,
-                recall=recall_text(config, tokenizer),
+                recall=recall,
                 recall_share=config.recall_share,
             )
         packed.check_enough(config.num_sequences, allow_repeat=config.allow_repeat)

@@ -14,11 +14,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 from longgen.errors import UsageError
 
@@ -64,7 +66,7 @@ def load_weights(model: Any, checkpoint: str | Path) -> None:
     """Read weights into a model, sharded or not; every process must call it.
 
     Raises:
-        UsageError: if there are none in the checkpoint.
+        UsageError: if there are none in the checkpoint, or they cannot be read.
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
@@ -84,7 +86,7 @@ def load_optimizer(model: Any, optimizer: Any, checkpoint: str | Path) -> None:
     """Read the state of a model's optimizer; every process must call it.
 
     Raises:
-        UsageError: if there is none in the checkpoint.
+        UsageError: if there is none in the checkpoint, or it cannot be read.
     """
     from torch.distributed.checkpoint.state_dict import (
         get_optimizer_state_dict,
@@ -107,7 +109,7 @@ def read_weights(model: Any, checkpoint: str | Path, dtype: torch.dtype) -> None
         dtype: what the weights become.
 
     Raises:
-        UsageError: if there are none in the checkpoint.
+        UsageError: if there are none in the checkpoint, or they cannot be read.
     """
     state = {
         name: torch.empty(weight.shape, dtype=dtype) for name, weight in model.state_dict().items()
@@ -133,10 +135,35 @@ def _load(state: dict[str, Any], folder: Path, alone: bool = False) -> None:
             f"{folder.parent} has no {folder.name} in it, so it is not a checkpoint of this "
             "version of longgen. Begin another run, or go on with the version that wrote it."
         )
-    with _quietly():
+    with readable(folder.parent), _quietly():
         distributed_checkpoint.load(
             state, checkpoint_id=folder, no_dist=alone or not dist.is_initialized()
         )
+
+
+@contextmanager
+def readable(checkpoint: Path) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint's files are read into a sentence.
+
+    Raises:
+        UsageError: with the cause; every process raises it.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        causes = (
+            str(cause).strip() or type(cause).__name__ for cause, _ in error.failures.values()
+        )
+        raise _unreadable(checkpoint, next(causes)) from error
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
+        raise _unreadable(checkpoint, str(error) or type(error).__name__) from error
+
+
+def _unreadable(checkpoint: Path, cause: str) -> UsageError:
+    return UsageError(
+        f"{checkpoint} cannot be read ({cause.splitlines()[0]}). If it is damaged, remove that "
+        "folder to go on from the checkpoint before it."
+    )
 
 
 @contextmanager

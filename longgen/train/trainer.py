@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import Dataset, SequentialSampler, get_worker_info
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from longgen.accounting import training_flops
 from longgen.errors import UsageError
@@ -32,6 +33,7 @@ from longgen.train.saving import (
     load_optimizer,
     load_weights,
     mark_whole,
+    readable,
     save_optimizer,
     save_weights,
 )
@@ -59,6 +61,10 @@ class TrainingSequences(Dataset[dict[str, torch.Tensor]]):
         return self.count * self.num_shards
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if get_worker_info() is not None:
+            # The threads of tokenizers, which recall text takes, are not there in a forked process:
+            # where they are asked for by this variable, it would wait for them for ever.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         item = self.packed.item(index // self.num_shards)
         keys = ("input_ids", "position_ids", "shift_labels")
         part = shard({key: item[key] for key in keys}, index % self.num_shards, self.num_shards)
@@ -120,12 +126,17 @@ class LongGenTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.model, resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
+        with readable(folder):
+            # The Trainer reads it again, later.
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        load_weights(self.model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_optimizer(self.model, self.optimizer, checkpoint)
-            state = torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True)
+            with readable(Path(checkpoint)):
+                state = torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True)
             self.lr_scheduler.load_state_dict(state)
 
 

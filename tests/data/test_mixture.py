@@ -209,6 +209,13 @@ def test_data_paths_are_told_apart(pack: Pack, tmp_path: Path) -> None:
             packed_parts(data)
 
 
+def test_a_recipes_path_may_begin_at_home(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pack()
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for data, weight in ((f"~/{folder.name}", None), (f"~/{folder.name}@0.5", 0.5)):
+        assert packed_parts([data]) == [Part(folder, weight)]
+
+
 def test_what_cannot_be_packed_leaves_nothing(
     pack: Pack, tmp_path: Path, tokenizer: Any, build_tokenizer: Callable[..., Any]
 ) -> None:

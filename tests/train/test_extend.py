@@ -23,7 +23,7 @@ from longgen.train import export as export_module
 from longgen.train import extend as extend_module
 from longgen.train.config import ExtendConfig
 from longgen.train.extend import HELDOUT, extend, training_folder
-from longgen.train.saving import WEIGHTS, newest_checkpoint
+from longgen.train.saving import OPTIMIZER, WEIGHTS, newest_checkpoint
 from longgen.train.trainer import LongGenTrainer, TrainingSequences
 
 Settings = Callable[..., ExtendConfig]
@@ -193,6 +193,28 @@ def test_a_run_cut_off_while_the_model_was_written_only_writes_it_again(settings
     assert_same_weights(cut, whole)
 
 
+@pytest.mark.parametrize(
+    "file",
+    [f"{WEIGHTS}/__0_0.distcp", f"{OPTIMIZER}/.metadata", "scheduler.pt", "trainer_state.json"],
+)
+def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_is_used(
+    settings: Settings, file: str
+) -> None:
+    config = settings()
+    extend(config, say=quiet)
+    steps = losses(config)
+    (Path(config.out) / "config.json").unlink()
+    damaged = training_folder(config.out) / "checkpoint-6"
+    (damaged / file).write_bytes((damaged / file).read_bytes()[:30])
+    with pytest.raises(UsageError, match=r"checkpoint-6 cannot be read \(.*remove that folder"):
+        extend(config, resume=True, say=quiet)
+    shutil.rmtree(damaged)
+    lines: list[str] = []
+    extend(config, resume=True, say=lines.append)
+    assert "resuming from checkpoint-4" in lines
+    assert losses(config) == steps
+
+
 def test_resuming_with_other_settings_names_them(settings: Settings) -> None:
     config = settings(steps=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -329,6 +351,16 @@ def test_dropout_of_the_base_does_not_stop_training(
 ) -> None:
     base = make_checkpoint(tmp_path / "base", attention_dropout=0.1)
     assert extend(settings(model=str(base), steps=1), say=quiet)["finished"]
+
+
+def test_more_records_than_there_are_keys_are_refused_before_anything_is_read(
+    settings: Settings,
+) -> None:
+    config = settings(recall_share=1.0, recall_records=1_000_000)
+    lines: list[str] = []
+    with pytest.raises(UsageError, match="1000000, but must be from 1 to 345,960"):
+        extend(config, say=lines.append)
+    assert lines == [] and not Path(config.out).exists()
 
 
 def test_a_seed_that_nothing_takes_is_refused(settings: Settings) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 from transformers import TrainingArguments
 
 import longgen
 from longgen.accounting import training_flops
+from longgen.data.recall import RecallText
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.config import ExtendConfig
@@ -119,6 +120,29 @@ def test_sequences_come_in_the_order_of_their_index() -> None:
     item = dataset[2]
     assert torch.equal(item["labels"], item["shift_labels"])
     assert set(item) == {"input_ids", "position_ids", "shift_labels", "labels"}
+
+
+def test_a_data_worker_does_not_wait_for_the_threads_of_its_parents_tokenizer(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    recall = RecallText(tiny_tokenizer, records_per_sequence=4)
+
+    class Recalling:
+        def item(self, index: int) -> dict[str, torch.Tensor]:
+            rng = np.random.default_rng(index)
+            ids = torch.from_numpy(recall.apply(np.full(2000, 5), rng))
+            return {"input_ids": ids, "position_ids": torch.arange(2000), "shift_labels": ids}
+
+    alone = TrainingSequences(Recalling(), 2)[1]
+    loader = DataLoader(
+        TrainingSequences(Recalling(), 2),
+        batch_size=None,
+        num_workers=1,
+        timeout=30,
+        multiprocessing_context="fork",
+    )
+    assert torch.equal(list(loader)[1]["input_ids"], alone["input_ids"])
 
 
 @pytest.fixture
