@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -37,7 +38,7 @@ IMPLEMENTATIONS = ("auto", *_MASKED)
 # launch and lists.
 _FEW_QUERIES = 16
 
-_announced: set[tuple[str, str]] = set()
+_announced: set[tuple[str, SparsePattern]] = set()
 
 
 @overload
@@ -117,7 +118,7 @@ def attention(
             f"pattern and layout must be a SparsePattern and a Layout; they are {pattern!r} and "
             f"{layout!r}. Layout.packed(cu_seqlens) makes one of cumulative lengths."
         )
-    layout = layout or Layout.causal(q.shape[1], k.shape[1])
+    layout = layout or _causal(q.shape[1], k.shape[1])
     _check_layout(q, k, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "auto":
@@ -126,8 +127,7 @@ def attention(
     def compute(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        # Autocast would compute fp32 inputs, the reference's too, in half precision.
-        with torch.autocast(q.device.type, enabled=False):
+        with _as_given(q.device.type):
             if impl.startswith("dense"):
                 return dense_attention(q, k, v, is_causal=impl == "dense_causal", scale=scale)
             out, lse = _MASKED[impl](
@@ -146,6 +146,15 @@ def attention(
         return out, lse
 
     return attend_once(compute, q, k, v) if is_keeping() else compute(q, k, v)
+
+
+def _as_given(device_type: str) -> AbstractContextManager[Any]:
+    """Return a context without autocast, which would compute fp32 inputs, the reference's too, in
+    half precision."""
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device_type):
+        # Entering one takes longer than all else before the kernels.
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _auto(
@@ -174,6 +183,16 @@ def _auto(
     return impl
 
 
+def _causal(num_queries: int, num_keys: int) -> Layout:
+    if torch.compiler.is_compiling():
+        return Layout.causal(num_queries, num_keys)
+    return _made_causal(num_queries, num_keys)
+
+
+# Made and checked anew it takes as long as all else before the kernels.
+_made_causal = lru_cache(maxsize=256)(Layout.causal)
+
+
 @lru_cache(maxsize=256)
 def _choose(
     pattern: SparsePattern, layout: Layout, num_queries: int, device_type: str, head_offset: int
@@ -188,7 +207,7 @@ def _choose(
 
 
 def _announce(impl: str, pattern: SparsePattern, q: torch.Tensor, obstacle: str | None) -> None:
-    key = (impl, str(pattern))
+    key = (impl, pattern)
     if key not in _announced:
         _announced.add(key)
         note = f" (not flash: {obstacle})" if obstacle else ""

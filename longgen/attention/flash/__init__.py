@@ -99,14 +99,14 @@ def flash_attend(
             f'impl="flash" can\'t run: {obstacle}. Use impl="flex", or "auto" to have one chosen.'
         )
     from longgen.attention.flash.hopper import tiles_q
-    from longgen.attention.flash.ops import flash_dense, flash_listed
+    from longgen.attention.flash.ops import attend_dense, attend_listed
 
     # Positions in both cases below are smaller than the number of keys.
     # The package's own backward pass lays its sums out wrongly for other head sizes.
     whole = q.shape[3] % 32 == 0 or not gradients
     if whole and (pattern.is_full or pattern.covers(layout.num_keys)):
         if is_plain(layout):
-            return flash_dense(q, k, v, None, scale)
+            return attend_dense(q, k, v, None, scale)
         bounds = documents_alone(layout)
         if bounds is not None:
             return _documents(q, k, v, tuple(bounds), scale)
@@ -120,7 +120,7 @@ def flash_attend(
     else:
         made = _arguments(tables(pattern, layout, *sizes, tiles, q.device, gradients))
     lists, masks, tile_k = made
-    return flash_listed(q, k, v, *lists, *masks, tile_k, scale)
+    return attend_listed(q, k, v, *lists, *masks, tile_k, scale)
 
 
 _Arguments = tuple[tuple[list[torch.Tensor], ...], tuple[str, ...], int]
@@ -129,7 +129,7 @@ _FIELDS = tuple(SparsePattern.__dataclass_fields__)
 
 
 def _arguments(made: Tables) -> _Arguments:
-    """Return what `flash_listed` takes behind q, k and v: lists, masks, key tile."""
+    """Return what `attend_listed` takes behind q, k and v: lists, masks, key tile."""
     masks = (made.mask, made.backward_mask, made.strided_mask)
     texts = tuple("" if mask is None else mask.encode() for mask in masks)
     return (made.forward, made.backward, made.strided), texts, made.tile_k
@@ -168,10 +168,10 @@ def _documents(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: tuple[int, ...], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend within documents packed into rows that may share their cumulative lengths."""
-    from longgen.attention.flash.ops import flash_dense
+    from longgen.attention.flash.ops import attend_dense
 
     batch, length, heads, _ = q.shape
-    flat, lse = flash_dense(
+    flat, lse = attend_dense(
         *(x.flatten(0, 1) for x in (q, k, v)), _cumulative(bounds, batch, length, q.device), scale
     )
     return flat.view(q.shape), lse.view(heads, batch, length).transpose(0, 1)

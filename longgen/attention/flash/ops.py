@@ -1,13 +1,18 @@
 """The kernels as operators of PyTorch: compilers, checkpointing and CUDA graphs see one node each.
 
-Tables are arguments, so that an operator depends on nothing but its inputs.
+Tables are arguments, so that an operator depends on nothing but its inputs. Where nothing looks at
+operators, `attend_listed` and `attend_dense` call the kernels past them: PyTorch's handling of an
+operator written in Python takes longer than the kernels need for a few thousand tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from longgen.attention.flash.plan import Mask
 
@@ -83,22 +88,29 @@ def _save_listed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.set_materialize_grads(False)
 
 
-def _listed_gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _listed_gradients(
+    ctx: Any, compute: Callable[..., Any], grad: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor, ...]:
     q, k, v, out, lse, *tables = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
     split = ctx.lengths[1]
-    grads = flash_listed_backward(
+    grads: tuple[Tensor, ...] = compute(
         *(grad, grad_lse, q, k, v, out, lse),
         tables[:split],
         tables[split:],
         *ctx.masks,
         ctx.scale,
     )
+    return grads
+
+
+def _listed_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    found = _listed_gradients(ctx, flash_listed_backward, *grads)
     # PyTorch wants lists for lists.
-    return *grads, *([None] * length for length in ctx.lengths), *[None] * 5
+    return *found, *([None] * length for length in ctx.lengths), *[None] * 5
 
 
-flash_listed.register_autograd(_listed_gradients, setup_context=_save_listed)
+flash_listed.register_autograd(_listed_backward, setup_context=_save_listed)
 
 
 @torch.library.custom_op("longgen::flash_dense", mutates_args=(), device_types="cuda")
@@ -149,11 +161,81 @@ def _save_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.set_materialize_grads(False)
 
 
-def _dense_gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _dense_gradients(
+    ctx: Any, compute: Callable[..., Any], grad: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Any, ...]:
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
-    grads = flash_dense_backward(grad, grad_lse, q, k, v, out, lse, cu_seqlens, ctx.scale)
-    return *grads, None, None
+    return *compute(grad, grad_lse, q, k, v, out, lse, cu_seqlens, ctx.scale), None, None
 
 
-flash_dense.register_autograd(_dense_gradients, setup_context=_save_dense)
+def _dense_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    return _dense_gradients(ctx, flash_dense_backward, *grads)
+
+
+flash_dense.register_autograd(_dense_backward, setup_context=_save_dense)
+
+
+class _Listed(torch.autograd.Function):
+    """`flash_listed` and its gradients without the operators."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _body(flash_listed)(*args)
+
+    setup_context = staticmethod(_save_listed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        found = _listed_gradients(ctx, _body(flash_listed_backward), *grads)
+        return *found, *[None] * 8
+
+
+class _Dense(torch.autograd.Function):
+    """`flash_dense` and its gradients without the operators."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _body(flash_dense)(*args)
+
+    setup_context = staticmethod(_save_dense)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return _dense_gradients(ctx, _body(flash_dense_backward), *grads)
+
+
+def _body(op: Any) -> Callable[..., Any]:
+    """Return the function that an operator was made of."""
+    body: Callable[..., Any] = op._init_fn
+    return body
+
+
+def attend_listed(*args: Any) -> tuple[Tensor, Tensor]:
+    """Do what `flash_listed` does."""
+    return _attend(flash_listed, _Listed, args)
+
+
+def attend_dense(*args: Any) -> tuple[Tensor, Tensor]:
+    """Do what `flash_dense` does."""
+    return _attend(flash_dense, _Dense, args)
+
+
+def _attend(
+    op: Callable[..., Any], function: type[torch.autograd.Function], args: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    qkv = args[:3]
+    if (
+        torch.compiler.is_compiling()
+        # Tracers, counters and the like see operators, and so do tensors that stand for others.
+        or is_in_torch_dispatch_mode()
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in qkv)
+    ):
+        found: tuple[Tensor, Tensor] = op(*args)
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
+        found = function.apply(*args)
+    else:
+        found = _body(op)(*args)
+    return found
