@@ -7,12 +7,11 @@ operator written in Python takes longer than the kernels need for a few thousand
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from longgen.attention.flash.plan import Mask
 
@@ -177,34 +176,35 @@ flash_dense.register_autograd(_dense_backward, setup_context=_save_dense)
 
 
 class _Listed(torch.autograd.Function):
-    """`flash_listed` and its gradients without the operators."""
+    """`flash_listed` and its gradients without the operators.
+
+    Without a `setup_context` too: with one, PyTorch inspects a signature at each call.
+    """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return _body(flash_listed)(*args)
-
-    setup_context = staticmethod(_save_listed)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = _body(flash_listed)(*args)
+        _save_listed(ctx, args, found)
+        return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        found = _listed_gradients(ctx, _body(flash_listed_backward), *grads)
-        return *found, *[None] * 8
+        compute = partial(_backward, flash_listed_backward)
+        return *_listed_gradients(ctx, compute, *grads), *[None] * 8
 
 
 class _Dense(torch.autograd.Function):
     """`flash_dense` and its gradients without the operators."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return _body(flash_dense)(*args)
-
-    setup_context = staticmethod(_save_dense)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = _body(flash_dense)(*args)
+        _save_dense(ctx, args, found)
+        return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return _dense_gradients(ctx, _body(flash_dense_backward), *grads)
+        return _dense_gradients(ctx, partial(_backward, flash_dense_backward), *grads)
 
 
 def _body(op: Any) -> Callable[..., Any]:
@@ -227,15 +227,37 @@ def _attend(
     op: Callable[..., Any], function: type[torch.autograd.Function], args: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
     qkv = args[:3]
-    if (
-        torch.compiler.is_compiling()
-        # Tracers, counters and the like see operators, and so do tensors that stand for others.
-        or is_in_torch_dispatch_mode()
-        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in qkv)
-    ):
+    if _is_watched(qkv):
         found: tuple[Tensor, Tensor] = op(*args)
     elif torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
         found = function.apply(*args)
     else:
         found = _body(op)(*args)
     return found
+
+
+def _backward(op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    """Do what a backward operator does; others may look at it than at the forward one."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    # With `create_graph` gradients of gradients may be asked for, which only operators refuse.
+    watched = torch.is_grad_enabled() or _is_watched(tensors) or _is_batched(tensors)
+    found: tuple[Tensor, ...] = op(*args) if watched else _body(op)(*args)
+    return found
+
+
+def _is_watched(tensors: Iterable[Tensor]) -> bool:
+    """Whether anything looks at operators: compilers and tracers, counters and other modes,
+    transforms of functions, or tensors that stand for others (`is_neg`: for their negatives)."""
+    return (
+        torch.compiler.is_compiling()
+        # This thread's modes; `is_in_torch_dispatch_mode` mixes up those of all threads.
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg() for x in tensors)
+    )
+
+
+def _is_batched(tensors: Iterable[Tensor]) -> bool:
+    """Whether gradients come in batches (`is_grads_batched`), of which no type tells."""
+    return any(torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)

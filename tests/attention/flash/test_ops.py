@@ -11,14 +11,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from longgen.attention import attention, flash
 from longgen.attention.flash import flash_attend
 from longgen.attention.flash.ops import (
-    attend_dense,
-    attend_listed,
     flash_dense,
     flash_dense_backward,
     flash_listed,
@@ -28,39 +25,19 @@ from longgen.attention.flash.plan import tables
 from longgen.attention.testing import ErrorBudget, random_inputs
 from longgen.layout import Layout, padded
 from longgen.pattern import SparsePattern
+from tests.attention.flash.operands import (
+    FULL,
+    LAYOUTS,
+    LENGTH,
+    SCALE,
+    SINK,
+    STRIDED,
+    arguments,
+    draw,
+)
 
 Tensor = torch.Tensor
 LayoutMask = Callable[..., Tensor]
-
-FULL = SparsePattern.full()
-SINK = SparsePattern(block_size=16, sink_blocks=1, local_blocks=2)
-STRIDED = SparsePattern.block_sparse(block_size=16, stride_blocks=3)
-SCALE = 0.3
-LENGTH = 200
-LAYOUTS = {
-    "plain": Layout.causal(LENGTH),
-    "packed": Layout.packed([0, 30, LENGTH]),
-    "left_padded": Layout.of_rows(padded(LENGTH, 0, n) for n in (0, 150)),
-}
-
-
-def draw(requires_grad: bool = True, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    inputs = random_inputs(LENGTH, batch=2, heads=4, head_dim=16, dtype=dtype)[:3]
-    return [x.requires_grad_(requires_grad) for x in inputs]
-
-
-def arguments(
-    layout: Layout, pattern: SparsePattern = STRIDED, gradients: bool = True
-) -> tuple[Any, ...]:
-    """Return what `flash_listed` takes behind q, k and v."""
-    made = tables(pattern, layout, 2, 4, 2, 0, (128, 64), torch.device("cpu"), gradients)
-    masks = (made.mask, made.backward_mask, made.strided_mask)
-    return (
-        *(made.forward, made.backward, made.strided),
-        *("" if mask is None else mask.encode() for mask in masks),
-        made.tile_k,
-        SCALE,
-    )
 
 
 def dense_arguments(packed: bool) -> list[Any]:
@@ -184,69 +161,6 @@ def test_checkpointing(
     kept.sum().backward()
     for x, expected in zip(qkv, plain, strict=True):
         assert torch.equal(x.grad, expected)
-
-
-class Watch(TorchDispatchMode):
-    """Take down which of our operators PyTorch runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func.namespace == "longgen":
-            self.names.append(func._schema.name.removeprefix("longgen::flash_"))
-        return func(*args, **(kwargs or {}))
-
-
-WAYS = {"listed": (attend_listed, flash_listed), "dense": (attend_dense, flash_dense)}
-
-
-@pytest.mark.parametrize("name", WAYS)
-def test_past_the_operators_it_is_the_same(on_cpu: Any, name: str) -> None:
-    """Bit for bit, with gradients of one result, of both or of neither."""
-    more = arguments(LAYOUTS["packed"]) if name == "listed" else (None, SCALE)
-    found = []
-    for attend in WAYS[name]:
-        qkv = draw(dtype=torch.float32)
-        out, lse = attend(*qkv, *more)
-        each = [out, lse]
-        for loss in (out.sin().sum(), lse[lse > -1e9].sum(), out.sum() + lse[lse > -1e9].sum()):
-            each += torch.autograd.grad(loss, qkv, retain_graph=True, materialize_grads=True)
-        each += torch.autograd.grad(out.sum(), qkv[:1])
-        with torch.no_grad():
-            each += attend(*qkv, *more)
-        found.append(each)
-    for actual, expected in zip(*found, strict=True):
-        assert torch.equal(actual, expected) and actual.dtype == expected.dtype
-
-
-@pytest.mark.parametrize("name", WAYS)
-def test_who_watches_sees_operators(on_cpu: Any, name: str) -> None:
-    attend, _ = WAYS[name]
-    more = arguments(LAYOUTS["plain"]) if name == "listed" else (None, SCALE)
-    qkv = draw()
-    with Watch() as watch:
-        out, _ = attend(*qkv, *more)
-        torch.autograd.grad(out.sum(), qkv)
-    assert watch.names == [name, f"{name}_backward"]
-    with torch.profiler.profile() as profile:
-        out, _ = attend(*qkv, *more)
-        torch.autograd.grad(out.sum(), qkv)
-    assert not any(event.name.startswith("longgen::") for event in profile.events())
-
-
-@pytest.mark.parametrize("way", [0, 1], ids=["past", "operators"])
-@pytest.mark.parametrize("name", WAYS)
-def test_gradients_of_gradients_are_refused(on_cpu: Any, name: str, way: int) -> None:
-    more = arguments(LAYOUTS["plain"]) if name == "listed" else (None, SCALE)
-    qkv = draw(dtype=torch.float32)
-    out, _ = WAYS[name][way](*qkv, *more)
-    (grad,) = torch.autograd.grad(out.sin().sum(), qkv[:1], create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.sum(), qkv)
 
 
 @pytest.mark.parametrize("name", ["listed", "dense"])
