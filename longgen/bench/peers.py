@@ -255,6 +255,8 @@ def _fsa_job(work: Work) -> Job:
     return Job(attend=attend, sees=sees, note=note, tune=tune)
 
 
+_no_fa4 = _no_module(FA4_MODULE, "flash-attn-4", "'longgen[flash]'")
+
 PEERS = (
     _sdpa(
         "sdpa_flash",
@@ -272,14 +274,14 @@ PEERS = (
         name="fa4",
         label="FlashAttention-4",
         make=_fa4_full,
-        missing=_no_module(FA4_MODULE, "flash-attn-4", "'longgen[flash]'"),
+        missing=_no_fa4,
         package="flash-attn-4",
     ),
     Provider(
         name="fa4_window",
         label="FlashAttention-4 window",
         make=_fa4_window,
-        missing=_no_module(FA4_MODULE, "flash-attn-4", "'longgen[flash]'"),
+        missing=_no_fa4,
         package="flash-attn-4",
     ),
     Provider(

@@ -94,17 +94,17 @@ def project(
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multiply tokens with up to three matrices, whose results lie end to end.
+    """Multiply one token with up to three matrices, whose results lie end to end.
 
     Args:
-        x: (N, K); on a GPU N is 1.
+        x: (1, K).
         weights: each (rows, K), contiguous.
         biases: each (rows,) or None, as many as weights; nothing is all None.
         norm: of x, first.
-        residual: what is added to the result, (N, all rows).
+        residual: what is added to the result, (1, all rows).
 
     Returns:
-        (N, all rows) in x's dtype.
+        (1, all rows) in x's dtype.
     """
     biases = biases or [None] * len(weights)
     if use_triton(x.device):
@@ -119,16 +119,16 @@ def project(
 def project_gated(
     x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, norm: Norm
 ) -> torch.Tensor:
-    """Compute silu(gate x) * (up x) of normed tokens.
+    """Compute silu(gate x) * (up x) of one normed token.
 
     Args:
-        x: (N, K); on a GPU N is 1.
+        x: (1, K).
         gate: (rows, K), contiguous.
         up: (rows, K), contiguous.
         norm: of x, first.
 
     Returns:
-        (N, rows) in x's dtype.
+        (1, rows) in x's dtype.
     """
     if use_triton(x.device):
         from longgen.engine.triton_linear import matvec

@@ -70,13 +70,13 @@ def _has_known_biases(layer: Any) -> bool:
     )
 
 
-def logits_of(model: Any, batch: DecodeBatch, tokens: torch.Tensor) -> torch.Tensor:
+def logits_of(model: Any, batch: DecodeBatch, token: torch.Tensor) -> torch.Tensor:
     """Put one new token of a sequence through a model.
 
     Args:
         model: a LongGen causal language model for which `can_run` is true.
         batch: the sequence and the place of its token.
-        tokens: (1,), on the device.
+        token: (1,), on the device.
 
     Returns:
         logits (1, vocabulary).
@@ -84,7 +84,7 @@ def logits_of(model: Any, batch: DecodeBatch, tokens: torch.Tensor) -> torch.Ten
     # Kernels that begin early read of it before they wait for the one ahead.
     batch.prepare()
     decoder = model.model
-    hidden: torch.Tensor = decoder.embed_tokens(tokens)
+    hidden: torch.Tensor = decoder.embed_tokens(token)
     cos, sin = (x[0] for x in decoder.rotary_emb(hidden[None], batch.lengths[None] - 1))
     for index, layer in enumerate(decoder.layers):
         attention, mlp = layer.self_attn, layer.mlp
@@ -101,10 +101,7 @@ def logits_of(model: Any, batch: DecodeBatch, tokens: torch.Tensor) -> torch.Ten
             rotary = Rotary(cos, sin, Norm.of(attention.q_norm), Norm.of(attention.k_norm))
         out = batch.rotate_and_attend(index, qkv, rotary, attention.scaling)
         hidden = project(
-            out.view(len(tokens), -1),
-            [attention.o_proj.weight],
-            [attention.o_proj.bias],
-            residual=hidden,
+            out.view(1, -1), [attention.o_proj.weight], [attention.o_proj.bias], residual=hidden
         )
         gated = project_gated(
             hidden,

@@ -110,28 +110,6 @@ def _project(
     tl.store(out_ptr + begin + index, y.to(out_ptr.dtype.element_ty))
 
 
-class Operands(NamedTuple):
-    """Hold up to three weights and their biases as kernels take them: what isn't read is any
-    tensor."""
-
-    weights: tuple[torch.Tensor, ...]
-    biases: tuple[torch.Tensor, ...]
-    has_bias: bool
-
-    @classmethod
-    def of(
-        cls,
-        x: torch.Tensor,
-        weights: Sequence[torch.Tensor],
-        biases: Sequence[torch.Tensor | None],
-    ) -> Operands:
-        """Check what `linear.project` was given."""
-        assert x.is_contiguous() and all(w.is_contiguous() for w in weights)
-        given = [bias for bias in biases if bias is not None]
-        assert len(given) in (0, len(weights))
-        return cls((*weights, x, x)[:3], (*given, x, x, x)[:3], bool(given))
-
-
 def _rows(most: int, counts: Sequence[int]) -> int:
     """Return the rows of a program: a power of two that divides all counts."""
     rows = most
@@ -157,9 +135,10 @@ def matvec(
         tuning: None takes this module's.
         overlaps: whether kernels may begin before the one ahead is done; None asks the device.
     """
-    assert len(x) == 1
+    assert len(x) == 1 and x.is_contiguous() and all(w.is_contiguous() for w in weights)
+    given = [bias for bias in biases if bias is not None]
+    assert len(given) in (0, len(weights))
     size, counts = x.shape[1], [len(w) for w in weights]
-    operands = Operands.of(x, weights, biases)
     if tuning is None:
         tuning = GATED_TUNING if gated else TUNING
     total = counts[0] if gated else sum(counts)
@@ -168,8 +147,9 @@ def matvec(
     _project[(total // rows,)](
         x,
         x if norm is None else norm.weight,
-        *operands.weights,
-        *operands.biases,
+        # What isn't read is any tensor.
+        *(*weights, x, x)[:3],
+        *(*given, x, x, x)[:3],
         x if residual is None else residual,
         out,
         0.0 if norm is None else norm.eps,
@@ -179,7 +159,7 @@ def matvec(
         WEIGHTS=1 if gated else len(weights),
         GATED=gated,
         HAS_NORM=norm is not None,
-        HAS_BIAS=operands.has_bias,
+        HAS_BIAS=bool(given),
         HAS_RESIDUAL=residual is not None,
         ROWS=rows,
         BLOCK=min(tuning.block, triton.next_power_of_2(size)),

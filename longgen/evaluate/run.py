@@ -7,7 +7,6 @@ over what it finds and measures only what is missing.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +142,7 @@ def evaluate_model(
             seed=seed,
             kv_dtype=kv_dtype,
             command=command,
-            say=partial(_say_of, kv_dtype, say) if kv_dtype else say,
+            say=say,
         )
         if "needle" in only:
             _needle(model, tokenizer, text, task, saved)
@@ -177,11 +176,6 @@ def evaluate_model(
         for row in write_comparison(saved, rows, own, title, pictures):
             say(say_difference(row))
     return rows
-
-
-def _say_of(kv_dtype: str, say: Callable[[str], None], line: str) -> None:
-    """Say whose line it is: both formats may be measured in turn."""
-    say(f"{kv_dtype} {line}")
 
 
 def variant_of(config: Any) -> str:

@@ -63,7 +63,7 @@ class SavedResults:
         say: Callable[[str], None],
     ) -> None:
         self.folder = folder
-        self.variant, self.seed, self.command, self.say = variant, seed, command, say
+        self.variant, self.seed, self.command, self._say = variant, seed, command, say
         self.device = model.device
         self.kv_dtype = kv_dtype
         self._identity = {
@@ -74,6 +74,10 @@ class SavedResults:
             "card": card_name(model.device),
             **({"kv_dtype": kv_dtype} if kv_dtype else {}),
         }
+
+    def say(self, line: str) -> None:
+        """Print a line; one of another format than the model's own says so."""
+        self._say(f"{self.kv_dtype} {line}" if self.kv_dtype else line)
 
     def name(self, what: str) -> str:
         """Return what the file of a metric, or of a picture, is called, without its ending."""

@@ -8,7 +8,6 @@ operator written in Python takes longer than the kernels need for a few thousand
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -87,26 +86,24 @@ def _save_listed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.set_materialize_grads(False)
 
 
-def _listed_gradients(
-    ctx: Any, compute: Callable[..., Any], grad: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor, ...]:
+def _listed_gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
     q, k, v, out, lse, *tables = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
     split = ctx.lengths[1]
-    grads: tuple[Tensor, ...] = compute(
+    return _backward(
+        flash_listed_backward,
         *(grad, grad_lse, q, k, v, out, lse),
         tables[:split],
         tables[split:],
         *ctx.masks,
         ctx.scale,
     )
-    return grads
 
 
 def _listed_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    found = _listed_gradients(ctx, flash_listed_backward, *grads)
     # PyTorch wants lists for lists.
-    return *found, *([None] * length for length in ctx.lengths), *[None] * 5
+    nothing = ([None] * length for length in ctx.lengths)
+    return *_listed_gradients(ctx, *grads), *nothing, *[None] * 5
 
 
 flash_listed.register_autograd(_listed_backward, setup_context=_save_listed)
@@ -160,51 +157,35 @@ def _save_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.set_materialize_grads(False)
 
 
-def _dense_gradients(
-    ctx: Any, compute: Callable[..., Any], grad: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Any, ...]:
+def _dense_gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
-    return *compute(grad, grad_lse, q, k, v, out, lse, cu_seqlens, ctx.scale), None, None
+    taken = (grad, grad_lse, q, k, v, out, lse, cu_seqlens, ctx.scale)
+    return *_backward(flash_dense_backward, *taken), None, None
 
 
-def _dense_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    return _dense_gradients(ctx, flash_dense_backward, *grads)
+flash_dense.register_autograd(_dense_gradients, setup_context=_save_dense)
 
 
-flash_dense.register_autograd(_dense_backward, setup_context=_save_dense)
-
-
-class _Listed(torch.autograd.Function):
-    """`flash_listed` and its gradients without the operators.
+class _Past(torch.autograd.Function):
+    """What `flash_listed` and `flash_dense` do, without the operators.
 
     Without a `setup_context` too: with one, PyTorch inspects a signature at each call.
     """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = _body(flash_listed)(*args)
-        _save_listed(ctx, args, found)
+    def forward(
+        ctx: Any, op: Any, save: Callable[..., None], gradients: Callable[..., Any], *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = _body(op)(*args)
+        save(ctx, args, found)
+        ctx.gradients, ctx.number = gradients, len(args)
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        compute = partial(_backward, flash_listed_backward)
-        return *_listed_gradients(ctx, compute, *grads), *[None] * 8
-
-
-class _Dense(torch.autograd.Function):
-    """`flash_dense` and its gradients without the operators."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = _body(flash_dense)(*args)
-        _save_dense(ctx, args, found)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return _dense_gradients(ctx, partial(_backward, flash_dense_backward), *grads)
+        dq, dk, dv, *_ = ctx.gradients(ctx, *grads)
+        return None, None, None, dq, dk, dv, *[None] * (ctx.number - 3)
 
 
 def _body(op: Any) -> Callable[..., Any]:
@@ -215,22 +196,25 @@ def _body(op: Any) -> Callable[..., Any]:
 
 def attend_listed(*args: Any) -> tuple[Tensor, Tensor]:
     """Do what `flash_listed` does."""
-    return _attend(flash_listed, _Listed, args)
+    return _attend(flash_listed, _save_listed, _listed_gradients, args)
 
 
 def attend_dense(*args: Any) -> tuple[Tensor, Tensor]:
     """Do what `flash_dense` does."""
-    return _attend(flash_dense, _Dense, args)
+    return _attend(flash_dense, _save_dense, _dense_gradients, args)
 
 
 def _attend(
-    op: Callable[..., Any], function: type[torch.autograd.Function], args: tuple[Any, ...]
+    op: Callable[..., Any],
+    save: Callable[..., None],
+    gradients: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
     qkv = args[:3]
     if _is_watched(qkv):
         found: tuple[Tensor, Tensor] = op(*args)
     elif torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
-        found = function.apply(*args)
+        found = _Past.apply(op, save, gradients, *args)
     else:
         found = _body(op)(*args)
     return found
