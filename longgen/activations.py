@@ -23,6 +23,9 @@ class LayerActivations:
             as it is) and `attended` included.
         mlp_side: of the second norm and the MLP.
         attended: attention's output and its log-sum-exp, which "selective" keeps too.
+        products: results of the matrix products, the last one's left out, which "elementwise" keeps
+            too.
+        repeated: what of `products` is kept in `total` as well.
         exchanged: queries, keys and values on their way to other GPUs and back, for a moment.
     """
 
@@ -30,6 +33,8 @@ class LayerActivations:
     attention_side: int
     mlp_side: int
     attended: int
+    products: int
+    repeated: int
     exchanged: int
 
     @property
@@ -41,7 +46,21 @@ class LayerActivations:
         """Bytes that are kept from the forward to the backward pass."""
         if checkpointing == "off":
             return self.total
-        return self.input + (self.attended if checkpointing == "selective" else 0)
+        kept = self.input
+        if checkpointing in ("elementwise", "selective"):
+            kept += self.attended
+        return kept + (self.products if checkpointing == "elementwise" else 0)
+
+    def again(self, checkpointing: str, *, compile: bool) -> int:
+        """Bytes that come to what is kept when the layer is computed again."""
+        if checkpointing == "off":
+            return 0
+        again = self.total
+        # What was kept of it is not made again: attention's output, and the input if the norm keeps
+        # it as it is (separate operations keep another copy).
+        again -= self.attended if checkpointing != "full" else 0
+        again -= self.repeated if checkpointing == "elementwise" else 0
+        return again - (self.input if compile else 0)
 
 
 def layer_activations(
@@ -53,12 +72,14 @@ def layer_activations(
     """Return what one layer keeps for its backward pass, with e bytes an element, for each token:
 
     - a norm: its input (e h) if compiled, else a copy of it in fp32 and the normalised one (4 h + e
-      h), and 4 bytes of the scale. Qwen3's norms of heads are not compiled;
-    - inputs of linear layers: one (e h) each for q, k, v and for gate, up together. Under autocast
-      norms give fp32, so that each projection casts an input of its own: 3 and 2 (1 if compiled);
+      h), and 4 bytes of the scale; Qwen3's norms of heads likewise;
+    - inputs of linear layers: one (e h) each for q, k, v and for gate, up together;
     - attention: q, k, v, the output (e D (2 H + 2 K)) and the log-sum-exp (4 H), as the flash
       kernels keep them; the rotary embedding keeps nothing;
     - the MLP: gate, up and their product (3 e i), and silu(gate) if not compiled (4 e i).
+
+    Of results of products it keeps v, gate and up, and those of q and k for compiled norms of
+    heads; "elementwise" checkpointing keeps all but the last.
 
     Under context parallelism a sparse layer's keys and values include those fetched (of the last
     rank, which fetches most); a full one's q, k, v and output are those of all tokens and a share
@@ -74,15 +95,16 @@ def layer_activations(
     h, width = shape.hidden_size, shape.head_dim
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
     norm = tokens * ((e * h if setup.compile else (FP32 + e) * h) + FP32)
-    casts = setup.casts_weights
-    qkv_inputs = tokens * e * h * (3 if casts else 1)
-    mlp_inputs = tokens * e * h * (2 if casts and not setup.compile else 1)
+    inputs = tokens * e * h
     mlp = tokens * e * shape.intermediate_size * (3 if setup.compile else 4)
-    head_norms = 0
-    if shape.family == "qwen3":
-        head_norms = tokens * (heads + kv_heads) * ((FP32 + e) * width + FP32)
     attended = tokens * heads * (e * width + FP32)
     queries, keys = tokens * e * heads * width, 2 * tokens * e * kv_heads * width
+    gate_and_up = 2 * tokens * e * shape.intermediate_size
+    head_norms, repeated = 0, keys // 2 + gate_and_up
+    if shape.family == "qwen3":
+        kept = e * width if setup.compile else (FP32 + e) * width
+        head_norms = tokens * (heads + kv_heads) * (kept + FP32)
+        repeated += queries + keys // 2 if setup.compile else 0
     extra = exchanged = 0
     if setup.context_parallel > 1:
         if pattern is None or pattern.is_full:
@@ -92,10 +114,12 @@ def layer_activations(
             extra = exchanged = 2 * fetched * e * kv_heads * width
     attention = queries + keys + attended + extra
     return LayerActivations(
-        input=tokens * e * h,
-        attention_side=norm + qkv_inputs + head_norms + attention,
-        mlp_side=norm + mlp_inputs + mlp,
+        input=inputs,
+        attention_side=norm + inputs + head_norms + attention,
+        mlp_side=norm + inputs + mlp,
         attended=attended,
+        products=queries + keys + inputs + gate_and_up,
+        repeated=repeated,
         exchanged=exchanged,
     )
 

@@ -17,7 +17,7 @@ from longgen.activations import LayerActivations, layer_activations
 from longgen.coefficients import COEFFICIENTS, Coefficients
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
-from longgen.training_setup import CHECKPOINTING, DEFAULT_SETUP, TrainingSetup
+from longgen.training_setup import CHECKPOINTING, DEFAULT_SETUP, OFFLOADED, TrainingSetup
 
 # Of the loss: rows of logits in fp32 that exist at a time (longgen.hf.head).
 LOSS_CHUNK_BYTES = 512 << 20
@@ -101,11 +101,15 @@ def _in_use(
 
 
 def _around(shape: ModelShape, length: int, setup: TrainingSetup) -> int:
-    """Return the bytes of ids, labels, positions and rotary tables, and what the last norm
-    keeps."""
+    """Return the bytes of ids, labels, positions and rotary tables."""
+    return setup.tokens(length) * (3 * _INT64 + 2 * setup.bytes_per_element * shape.head_dim)
+
+
+def _kept_last(shape: ModelShape, length: int, setup: TrainingSetup) -> int:
+    """Return the bytes that the last norm keeps until its backward pass."""
     e, h = setup.bytes_per_element, shape.hidden_size
     norm = (e * h if setup.compiles_last_norm else (FP32 + e) * h) + FP32
-    return setup.tokens(length) * (3 * _INT64 + 2 * e * shape.head_dim + norm)
+    return setup.tokens(length) * norm
 
 
 def _loss(
@@ -114,16 +118,19 @@ def _loss(
     """Count the loss: hidden states and their gradient, chunks of logits, the gradient of the
     output projection (V h in fp32, and the product that is added to it)."""
     e, h, tokens = setup.bytes_per_element, shape.hidden_size, setup.tokens(length)
-    hidden = (e * h + FP32 * h if setup.casts_weights else e * h) + e * h
+    hidden = 2 * e * h
     table = shape.embedding_parameters
     weights = FP32 * table + e * table + (e * table if setup.casts_weights else 0)
     row = FP32 * shape.vocab_size
     chunk = max(_LEAST_CHUNK_TOKENS, LOSS_CHUNK_BYTES // row) * row
     logits = tokens * row
     logits = int(coefficients.logits_copies * chunk) if logits > chunk else 2 * logits
+    # Autocast keeps its copies to the end of the forward pass, but for products that run once.
+    layers = 0 if setup.checkpointing == "elementwise" else shape.num_hidden_layers
+    around = _around(shape, length, setup) + _kept_last(shape, length, setup)
     return "loss", {
-        "weights in use, bf16": _in_use(shape, setup, shape.num_hidden_layers, coefficients),
-        "activations kept": kept + _around(shape, length, setup),
+        "weights in use, bf16": _in_use(shape, setup, layers, coefficients),
+        "activations kept": kept + around,
         "loss, chunk by chunk": tokens * hidden + weights + logits,
     }
 
@@ -135,9 +142,10 @@ def _last_norm(
     copies = 0.0 if setup.compiles_last_norm else coefficients.norm_backward
     layers = shape.num_hidden_layers if setup.checkpointing == "off" else 0
     table = FP32 * shape.embedding_parameters
+    around = _around(shape, length, setup) + _kept_last(shape, length, setup)
     return "backward of the last norm", {
         "weights in use, bf16": _in_use(shape, setup, layers, coefficients),
-        "activations kept": kept + _around(shape, length, setup),
+        "activations kept": kept + around,
         "gradients at work": int(copies * shape.hidden_size * setup.tokens(length)) + table,
     }
 
@@ -156,27 +164,21 @@ def _layer(
     the layer is there, and attention's, when the MLP's half is gone.
 
     Gradients at work, with e bytes an element for each token: of what comes out (e h); in the MLP
-    of its product (e i, and as much again if not compiled); in attention of its output (e H D), the
-    kernels' fp32 sums of dq (4 H D), of dk and dv where heads share them (8 K D), two rows of
-    factors (8 H), and dq, dk, dv (e D (H + 2 K)).
+    of gate and up, with that of their product in the place of the product (2 e i); in attention of
+    its output (e H D), the kernels' fp32 sums of dq (4 H D), of dk and dv where heads share them
+    (8 K D), two rows of factors (8 H), and dq, dk, dv (e D (H + 2 K)).
     """
     e, tokens, width = setup.bytes_per_element, setup.tokens(length), shape.head_dim
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
     is_kept = setup.checkpointing == "off"
     coming = tokens * e * shape.hidden_size
-    mlp = tokens * e * shape.intermediate_size * (1 if setup.compile else 2)
+    mlp = 2 * tokens * e * shape.intermediate_size
     shared_sums = 8 * kv_heads * width if heads != kv_heads else 0
     flash = heads * (4 * width + 8) + shared_sums + e * width * (2 * heads + 2 * kv_heads)
     attention = tokens * flash + coefficients.exchanged_copies * layer.exchanged
     # Without checkpointing the last layer's half of MLP is gone by then, all others are there.
     attention -= layer.mlp_side
-    again = 0
-    if not is_kept:
-        again = layer.total
-        # What was kept of it is not made again: attention's output, and the input if the norm keeps
-        # it as it is (separate operations keep another copy).
-        again -= layer.attended if setup.checkpointing == "selective" else 0
-        again -= layer.input if setup.compile else 0
+    again = layer.again(setup.checkpointing, compile=setup.compile)
     # The gradient of one matrix in bf16, and in fp32 where it is then added to another.
     largest = shape.hidden_size * max(shape.intermediate_size, heads * width)
     matrix = (BF16 + FP32 * setup.accumulates) * largest if setup.is_bf16 else FP32 * largest
@@ -208,6 +210,7 @@ def choose_checkpointing(
     setup: TrainingSetup,
     plan: LayerPlan | None,
     memory_bytes: int | None,
+    without: tuple[str, ...] = (),
 ) -> TrainingSetup:
     """Return the setup with the checkpointing that was asked for.
 
@@ -215,17 +218,17 @@ def choose_checkpointing(
     there is no card to fit, the one that takes least memory.
 
     Args:
-        asked: "auto", "off", "selective" or "full".
+        asked: "auto", or one of `CHECKPOINTING`.
         shape: the model.
         length: tokens of one sequence.
         setup: everything else.
         plan: which layers are full.
         memory_bytes: of the card; None is a CPU.
+        without: what "auto" is not to choose.
     """
     if asked != "auto":
         return replace(setup, checkpointing=asked)
-    # Without checkpointing there is nothing to offload.
-    names = CHECKPOINTING[1:] if setup.offload else CHECKPOINTING
+    names = OFFLOADED if setup.offload else tuple(x for x in CHECKPOINTING if x not in without)
     choices = [replace(setup, checkpointing=name) for name in names]
     for choice in choices:
         if memory_bytes is None:

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from longgen.accounting import BF16, FP32
 from longgen.errors import UsageError
 
-CHECKPOINTING = ("off", "selective", "full")
+CHECKPOINTING = ("off", "elementwise", "selective", "full")
+# What can be held in host memory: of the others moving it takes longer than computing it again.
+OFFLOADED = ("selective", "full")
+# What keeps results of matrix products; those in fp8 give none to keep.
+KEPT_PRODUCTS = ("elementwise",)
 SHARDINGS = ("auto", "fsdp", "ddp")
 
 
@@ -22,7 +26,8 @@ class TrainingSetup:
         sharding: "fsdp" spreads weights, gradients and moments over all GPUs (FSDP2), "ddp" leaves
             them whole on each; "auto" shards where there are several.
         checkpointing: "full" keeps what goes into each layer and computes the rest again,
-            "selective" keeps the output of attention too, "off" keeps everything.
+            "selective" keeps the output of attention too, "elementwise" those of matrix products
+            as well, "off" keeps everything.
         offload: whether what "full" and "selective" keep goes to the host's memory.
         compile: whether norms and MLPs are compiled.
         is_bf16: whether layers compute in bf16, over weights in fp32; otherwise in fp32.
@@ -47,10 +52,11 @@ class TrainingSetup:
                 raise UsageError(
                     f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}."
                 )
-        if self.offload and self.checkpointing == "off":
+        if self.offload and self.checkpointing not in OFFLOADED:
             raise UsageError(
-                "offload moves what checkpointing keeps to host memory, and checkpointing is off. "
-                "Give selective or full, or leave offload out."
+                "offload moves the little that checkpointing keeps to host memory, and "
+                f"checkpointing is {self.checkpointing}. Give {' or '.join(OFFLOADED)}, or leave "
+                "offload out."
             )
         if self.context_parallel < 1 or self.gpus % self.context_parallel:
             raise UsageError(

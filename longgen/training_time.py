@@ -119,9 +119,10 @@ def work_seconds(
     """
     c, tokens = coefficients, setup.tokens(length)
     again = setup.checkpointing != "off"
+    products_again = setup.checkpointing in ("selective", "full")
     layers = 2 * shape.num_hidden_layers * shape.layer_linear_parameters * tokens
     head = 2 * shape.embedding_parameters * tokens
-    parts = {"matrix products": ((3 + again) * layers + 3 * head) / (c.matmul * peak)}
+    parts = {"matrix products": ((3 + products_again) * layers + 3 * head) / (c.matmul * peak)}
     kernels = 1.0 if is_hopper else c.other_attention
     for kind, name, forward, backward in (
         ("F", "full attention", c.full_forward, c.full_backward),

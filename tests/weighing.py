@@ -17,7 +17,7 @@ from longgen.attention import api
 from longgen.bench.models import planned_config, random_model, shape_config
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
-from longgen.train.loop import compile_elementwise
+from longgen.train.elementwise import compile_elementwise, norms_follow_autocast
 from longgen.train.recompute import set_recompute
 from longgen.training_setup import TrainingSetup
 
@@ -79,6 +79,8 @@ def build(shape: ModelShape, setup: TrainingSetup, plan: LayerPlan) -> Any:
     dtype = torch.bfloat16 if setup.is_sharded else torch.float32
     model = random_model(config, dtype=dtype, device=torch.device("cpu"), seed=0).train()
     set_recompute(model, setup.checkpointing)
+    if setup.casts_weights:
+        norms_follow_autocast(model)
     if setup.compile:
         compile_elementwise(model)
     return model

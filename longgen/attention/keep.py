@@ -4,7 +4,8 @@ keys and values are recomputed.
 `torch.utils.checkpoint` runs a layer again in the backward pass. Under `keep_attention` that second
 run gets the output of the first instead of attending, and the kernel's own backward pass gets what
 the first run kept. It works at the boundary of `attention()`, so with every implementation,
-compiled ones too: nothing has to be known of their operators.
+compiled ones too: nothing has to be known of their operators. Under `keep_products` matrix products
+run once as well (longgen/train/products.py).
 """
 
 from __future__ import annotations
@@ -21,20 +22,31 @@ Hold = Callable[[Tensor], Callable[[], Tensor]]
 
 
 class KeptLayer:
-    """Hold the attention outputs of one checkpointed layer, in the order in which they were
-    made."""
+    """Hold outputs of one checkpointed layer, in the order in which they were made."""
 
     def __init__(self, hold: Hold) -> None:
         self.hold = hold
         self.outputs: list[tuple[Callable[[], Tensor], ...]] = []
         self.played = 0
 
+    def next(self) -> tuple[Tensor, ...]:
+        """Return what was kept first of what was not yet given back."""
+        kept = self.outputs[self.played]
+        self.played += 1
+        return tuple(get().detach() for get in kept)
 
-class _Within:
-    """Have `attention()` keep for a layer, or give back what was kept; can be entered again."""
 
-    def __init__(self, layer: KeptLayer, again: bool) -> None:
-        self.layer, self.again = layer, again
+class Within:
+    """Have a layer's run keep outputs, or get back what was kept; can be entered again.
+
+    Attributes:
+        layer: what is kept.
+        again: whether this is the recomputation.
+        products: whether matrix products are kept too.
+    """
+
+    def __init__(self, layer: KeptLayer, again: bool, products: bool) -> None:
+        self.layer, self.again, self.products = layer, again, products
 
     def __enter__(self) -> None:
         self.layer.played = 0
@@ -44,23 +56,34 @@ class _Within:
         _current.reset(self._token)
 
 
-_current: ContextVar[_Within | None] = ContextVar("kept attention", default=None)
+_current: ContextVar[Within | None] = ContextVar("kept outputs", default=None)
 
 
 def _as_it_is(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 
 
-def keep_attention(hold: Hold = _as_it_is) -> tuple[_Within, _Within]:
+def keep_attention(hold: Hold = _as_it_is, *, products: bool = False) -> tuple[Within, Within]:
     """Return the contexts of a layer's first run and of its recomputation: the `context_fn` of
     `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`.
 
     Args:
         hold: takes each tensor that is kept and returns a function that gives it back; by default
             it stays where it is.
+        products: whether matrix products are to be kept too.
     """
     layer = KeptLayer(hold)
-    return _Within(layer, False), _Within(layer, True)
+    return Within(layer, False, products), Within(layer, True, products)
+
+
+def keep_products() -> tuple[Within, Within]:
+    """Return the contexts of a layer whose matrix products run once, as its attention does."""
+    return keep_attention(products=True)
+
+
+def within() -> Within | None:
+    """Return the run of a layer that keeps outputs, if there is one around this call."""
+    return _current.get()
 
 
 def is_keeping() -> bool:
@@ -137,14 +160,13 @@ def attend_once(
         k: keys (B, S, Hkv, D).
         v: values (B, S, Hkv, D).
     """
-    within = _current.get()
-    if within is None or not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+    run = _current.get()
+    if run is None or not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return compute(q, k, v)
-    layer = within.layer
+    layer = run.layer
     anchored = _Anchor.apply(q, k, v)
-    if within.again:
-        kept = tuple(get().detach().requires_grad_() for get in layer.outputs[layer.played])
-        layer.played += 1
+    if run.again:
+        kept = tuple(x.requires_grad_() for x in layer.next())
         return kept if len(kept) > 1 else kept[0]
     saved = _Saved((q, k, v), anchored[0].grad_fn, layer.hold)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda get: get()):

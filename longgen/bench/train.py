@@ -29,7 +29,8 @@ from longgen.gpus import GpuGroup, find_gpu, machine_gpus, mfu, peak_flops
 from longgen.memory import clear
 from longgen.plan import LayerPlan
 from longgen.train.processes import Processes
-from longgen.training_memory import training_memory
+from longgen.training_memory import choose_checkpointing, training_memory
+from longgen.training_setup import KEPT_PRODUCTS, TrainingSetup
 from longgen.training_time import training_time
 
 ResultRow = dict[str, Any]
@@ -73,6 +74,9 @@ class TrainBench:
         self._begin = time.monotonic()
         on_gpu = settings.device.type == "cuda"
         self.peak = peak_flops(card_name(settings.device)) if on_gpu else None
+        gpus = machine_gpus() if on_gpu else None
+        # Cards may differ, but what is exchanged must not.
+        self.memory_bytes = int(min(processes.each(gpus.gpu.memory_bytes))) if gpus else None
 
     def run(self) -> list[ResultRow]:
         """Measure everything and return the rows; what was measured before an interrupt is kept.
@@ -123,6 +127,25 @@ class TrainBench:
     def _plan(self, name: str) -> LayerPlan:
         settings = self.settings
         return settings.plan if name == "hybrid" else full_plan(settings.shape)
+
+    def _setup(self, name: str, length: int) -> TrainingSetup:
+        """Return how a variant is trained at a length."""
+        setup = self.settings.setup
+        if name == STOCK:
+            # Transformers' own checkpointing is of whole layers.
+            whole = self.settings.chooses_checkpointing or setup.checkpointing != "off"
+            return replace(setup, checkpointing="full") if whole else setup
+        if not self.settings.chooses_checkpointing:
+            return setup
+        return choose_checkpointing(
+            "auto",
+            self.settings.shape,
+            length,
+            replace(setup, accumulates=False),
+            self._plan(name),
+            self.memory_bytes,
+            without=KEPT_PRODUCTS if self.settings.fp8 else (),
+        )
 
     def _obstacle(self, name: str, length: int) -> str | None:
         """Return why a variant has no turn at a length; all processes come to the same."""
@@ -179,6 +202,7 @@ class TrainBench:
     def _steps(self, name: str, length: int, times: list[float]) -> dict[str, Any]:
         """Make steps; `times` gets the seconds of each timed one. Return the loss and the peak."""
         settings, device = self.settings, self.settings.device
+        settings = replace(settings, setup=self._setup(name, length))
         step = make_step(settings, name, self._plan(name), self.base, length, self.processes)
 
         def once() -> tuple[torch.Tensor, float]:
@@ -226,7 +250,7 @@ class TrainBench:
         settings = self.settings
         if name == STOCK:
             return {}
-        setup, plan = replace(settings.setup, accumulates=False), self._plan(name)
+        setup, plan = replace(self._setup(name, length), accumulates=False), self._plan(name)
         memory = training_memory(settings.shape, length, setup, plan)
         found: dict[str, Any] = {
             "planned_bytes": memory.allocated,
@@ -257,13 +281,10 @@ class TrainBench:
     ) -> None:
         """Give a row: the median of `times`, or why there is none."""
         settings = self.settings
-        setup, plan = settings.setup, self._plan(name)
+        setup, plan = self._setup(name, length), self._plan(name)
         gpus = self.processes.count
         sequences = gpus // setup.context_parallel
         flops = sequences * training_flops(settings.shape, plan, length)
-        checkpointing = setup.checkpointing
-        if name == STOCK and checkpointing != "off":
-            checkpointing = "full"
         row: ResultRow = {
             "case": f"train_step.{name}",
             "length": length,
@@ -276,7 +297,7 @@ class TrainBench:
             "gpus": gpus,
             "context_parallel": setup.context_parallel,
             "sharding": (setup.is_sharded and "fsdp") or (gpus > 1 and "ddp") or None,
-            "checkpointing": checkpointing,
+            "checkpointing": setup.checkpointing,
             "offload": setup.offload and name != STOCK,
             "compile": setup.compile and name != STOCK,
             "fp8": settings.fp8 and name != STOCK,

@@ -38,6 +38,8 @@ class TrainSettings:
         device: where.
         variants: of `VARIANTS`.
         setup: how it is trained; under "transformers" every checkpointing is of whole layers.
+        chooses_checkpointing: have each variant and length compute as little again as fits, in
+            place of what `setup` says.
         fp8: whether the layers' matrix products are in fp8 (not those of transformers).
         steps: timed steps, after one that isn't.
         seconds_each: begin no further step of a variant and length after this time.
@@ -57,6 +59,7 @@ class TrainSettings:
     device: torch.device
     variants: tuple[str, ...] = VARIANTS
     setup: TrainingSetup = field(default_factory=TrainingSetup)
+    chooses_checkpointing: bool = False
     fp8: bool = False
     steps: int = 5
     seconds_each: float = 90.0

@@ -211,10 +211,11 @@ def extend(
         _option(
             "gradient_checkpointing",
             "Recompute layers in the backward pass, which saves memory and costs time: full; "
-            "selective, all but attention, whose outputs are kept; off; or auto, the first of off, "
-            "selective and full that fits.",
+            "selective, all but attention, whose outputs are kept; elementwise, all but attention "
+            "and matrix products; off; or auto, the first of off, elementwise, selective and full "
+            "that fits.",
             _MACHINE,
-            "auto|off|selective|full",
+            "auto|off|elementwise|selective|full",
         ),
     ] = None,
     offload: Annotated[

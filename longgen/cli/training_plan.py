@@ -19,7 +19,7 @@ from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.config import PLAN_OPTIONS, ExtendConfig, default_batch_tokens, read_recipe
 from longgen.training_memory import choose_checkpointing, offloaded_bytes, training_memory
-from longgen.training_setup import CHECKPOINTING, TrainingSetup
+from longgen.training_setup import CHECKPOINTING, KEPT_PRODUCTS, TrainingSetup
 from longgen.training_time import TrainingTime, training_time
 
 _PANEL = "Training (with --train)"
@@ -65,8 +65,9 @@ CheckpointingOption = Annotated[
     typer.Option(
         "--checkpointing",
         metavar="NAME",
-        help="What is kept for the backward pass: off (everything), selective (each layer's input "
-        "and attention's output), full (the input), or auto, the first of them that fits. "
+        help="What is kept for the backward pass: off (everything), elementwise (each layer's "
+        "input and results of attention and matrix products), selective (input and attention's "
+        "output), full (the input), or auto, the first of them that fits. "
         "[default: auto]",
         rich_help_panel=_PANEL,
     ),
@@ -137,6 +138,7 @@ class TrainOptions:
     offload: bool | None = None
     sharding: str | None = None
     compile: bool | None = None
+    fp8: bool | None = None
     batch_tokens: str | None = None
     tokens: str | None = None
     price: float | None = None
@@ -197,6 +199,7 @@ class Recipe:
                 offload=found.get("offload"),
                 sharding=found.get("sharding"),
                 compile=switch.get(str(found.get("compile"))),
+                fp8=found.get("fp8"),
                 batch_tokens=text["batch_tokens"],
             ),
             steps=found.get("steps", defaults["steps"]),
@@ -271,7 +274,15 @@ def training_figures(
         )
     sequences = batch_tokens // context
     setup = replace(setup, accumulates=sequences > groups * batch)
-    setup = choose_checkpointing(checkpointing, shape, context, setup, plan, gpus.gpu.memory_bytes)
+    setup = choose_checkpointing(
+        checkpointing,
+        shape,
+        context,
+        setup,
+        plan,
+        gpus.gpu.memory_bytes,
+        without=KEPT_PRODUCTS if options.fp8 else (),
+    )
     memory = training_memory(shape, context, setup, plan)
     step = training_time(shape, plan, context, gpus, setup, sequences)
     whole = training_time(shape, full_plan(shape), context, gpus, setup, sequences)

@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from longgen.errors import UsageError
-from longgen.training_setup import CHECKPOINTING, SHARDINGS
+from longgen.training_setup import CHECKPOINTING, KEPT_PRODUCTS, OFFLOADED, SHARDINGS
 
 SWITCH = ("auto", "on", "off")
 # What layers keep for the backward pass.
@@ -89,8 +89,8 @@ class ExtendConfig:
         heldout_tokens: tokens kept out of training, for loss curves and haystacks.
         allow_repeat: go through the data more than once if the steps ask for it.
         gradient_checkpointing: recompute layers in the backward pass: "full", or "selective", all
-            but attention; "off"; "auto" is the first of off, selective and full that fits by the
-            estimate.
+            but attention, or "elementwise", neither attention nor matrix products; "off"; "auto"
+            is the first of off, elementwise, selective and full that fits by the estimate.
         offload: hold what recomputation starts from in host memory.
         compile: compile the layers' element-wise parts ("auto": on GPUs).
         fp8: matrix products of the layers in fp8.
@@ -141,10 +141,17 @@ class ExtendConfig:
             _check_kind(name, getattr(self, name), kinds)
         for name in _kinds():
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
-        if self.offload and self.gradient_checkpointing == "off":
+        if self.offload and self.gradient_checkpointing not in ("auto", *OFFLOADED):
             raise UsageError(
-                "offload moves what gradient checkpointing keeps to host memory, and "
-                "gradient_checkpointing is off. Give selective or full, or leave offload out."
+                "offload moves the little that gradient checkpointing keeps to host memory, and "
+                f"gradient_checkpointing is {self.gradient_checkpointing}. Give "
+                f"{' or '.join(OFFLOADED)}, or leave offload out."
+            )
+        if self.fp8 and self.gradient_checkpointing in KEPT_PRODUCTS:
+            raise UsageError(
+                f"gradient_checkpointing is {self.gradient_checkpointing}, which keeps results of "
+                "matrix products, and fp8 products give none to keep. Give selective, or leave fp8 "
+                "out."
             )
         if not self.data:
             raise UsageError("No data were given to train on; name files, folders or globs.")

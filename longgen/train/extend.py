@@ -50,7 +50,7 @@ from longgen.train.saving import newest_checkpoint
 from longgen.train.sharding import choose_sharding
 from longgen.train.trainer import Say
 from longgen.training_memory import choose_checkpointing, training_memory
-from longgen.training_setup import TrainingSetup
+from longgen.training_setup import KEPT_PRODUCTS, TrainingSetup
 
 
 def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> dict[str, Any]:
@@ -226,6 +226,7 @@ def _fit(
         setup,
         plan,
         memory_bytes,
+        without=KEPT_PRODUCTS if config.fp8 else (),
     )
     memory = training_memory(shape, config.context, setup, plan)
     if gpus is not None:

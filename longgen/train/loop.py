@@ -18,6 +18,7 @@ from longgen.errors import UsageError
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.config import ExtendConfig
+from longgen.train.elementwise import compile_elementwise, norms_follow_autocast
 from longgen.train.float8 import use_float8
 from longgen.train.folder import training_folder
 from longgen.train.processes import Processes
@@ -32,7 +33,8 @@ class Held:
 
     Attributes:
         sharding: "fsdp", "ddp", or "none" for one process.
-        recompute: what layers keep for the backward pass: "off", "selective" or "full".
+        recompute: what layers compute again in the backward pass, of
+            `longgen.training_setup.CHECKPOINTING`.
     """
 
     sharding: str
@@ -66,6 +68,8 @@ def hold_model(
     if config.fp8:
         use_float8(model)
     set_recompute(model, held.recompute, offload=config.offload)
+    if not sharded:
+        norms_follow_autocast(model)
     if config.compile == "on" or (config.compile == "auto" and on_gpu):
         compile_elementwise(model, projections=config.fp8, final_norm=not sharded)
     if not sharded:
@@ -76,28 +80,6 @@ def hold_model(
         device_type="cuda" if on_gpu else "cpu",
         dtype=torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else None,
     )
-
-
-def compile_elementwise(model: Any, *, projections: bool = False, final_norm: bool = True) -> None:
-    """Compile what lies between the matrix products of a decoder layer: norms and the gated MLP.
-
-    One graph serves all layers. Attention stays outside: its kernels are compiled on their own.
-
-    Args:
-        model: a causal language model of transformers.
-        projections: compile those around attention too, which have something to fuse in fp8.
-        final_norm: compile the norm behind the layers, which FSDP2 has hooks on.
-    """
-    for layer in model.model.layers:
-        layer.input_layernorm.compile()
-        layer.post_attention_layernorm.compile()
-        layer.mlp.compile()
-        if projections:
-            attention = layer.self_attn
-            for one in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
-                one.compile()
-    if final_norm:
-        model.model.norm.compile()
 
 
 def run_training(

@@ -11,7 +11,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from longgen.attention.keep import keep_attention
+from longgen.attention.keep import keep_attention, keep_products
+from longgen.train.products import keep_products_of
 
 # Smaller tensors are not worth a transfer of their own.
 _SMALLEST_BYTES = 1 << 20
@@ -25,8 +26,9 @@ def set_recompute(
     Args:
         model: a causal language model of transformers.
         mode: "off" keeps everything; "full" keeps each layer's input; "selective" keeps the
-            attention's output and log-sum-exp as well, so that attention is not run again.
-        offload: keep all that in host memory (not for "off").
+            attention's output and log-sum-exp as well, so that attention is not run again;
+            "elementwise" keeps results of matrix products too, and runs neither again.
+        offload: keep all that in host memory (for "selective" and "full").
         smallest_bytes: what stays on the device even so.
     """
     if mode == "off":
@@ -36,6 +38,9 @@ def set_recompute(
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":
         options["context_fn"] = keep
+    elif mode == "elementwise":
+        keep_products_of(model)
+        options["context_fn"] = keep_products
 
     def run(function: Callable[..., Any], *args: Any) -> Any:
         with _in_host_memory(hold) if offload else nullcontext():

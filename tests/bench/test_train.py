@@ -21,7 +21,7 @@ from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.train.processes import Processes
 from longgen.training_memory import training_memory
-from longgen.training_setup import TrainingSetup
+from longgen.training_setup import CHECKPOINTING, TrainingSetup
 from tests.processes import run_processes
 
 SHAPE = replace(TINY, num_hidden_layers=3)
@@ -86,12 +86,34 @@ def test_rows_are_whole_and_consistent() -> None:
     assert (hybrid["checkpointing"], stock["checkpointing"]) == ("selective", "full")
 
 
+def test_checkpointing_is_chosen_for_each_variant_and_length() -> None:
+    """As little is computed again as fits the card; transformers checkpoints whole layers."""
+    settings = make_settings(lengths=(256, 512), chooses_checkpointing=True)
+    run = TrainBench(settings, base(), ALONE)
+
+    def need(name: str, length: int) -> int:
+        setup = replace(settings.setup, accumulates=False, checkpointing=name)
+        return training_memory(SHAPE, length, setup, PLAN).total
+
+    run.memory_bytes = need("elementwise", 512)
+    assert need("elementwise", 512) < need("off", 512) and need("off", 256) <= run.memory_bytes
+    chosen = [run._setup("hybrid", length).checkpointing for length in settings.lengths]
+    assert chosen == ["off", "elementwise"]
+    assert run._setup("transformers", 256).checkpointing == "full"
+    run.settings = replace(settings, fp8=True)
+    assert run._setup("hybrid", 512).checkpointing == "selective"
+    run.settings = replace(settings, chooses_checkpointing=False)
+    assert run._setup("hybrid", 512).checkpointing == "selective"
+    found = bench(replace(settings, lengths=(256,), variants=("hybrid", "transformers"), steps=1))
+    assert {row["checkpointing"] for row in found.rows} == {"full"}
+
+
 def test_all_variants_train_the_same_model_on_the_same_tokens() -> None:
     """All layers full, the hybrid's path has transformers' loss and gradients, also where layers
     are computed again, and the sparse one has others."""
     losses, gradients = {}, {}
     for name in ("full", "transformers", "hybrid"):
-        for kept in ("off", "full", "selective"):
+        for kept in CHECKPOINTING:
             settings = make_settings()
             settings = replace(settings, setup=replace(settings.setup, checkpointing=kept))
             step = step_of(name, settings)

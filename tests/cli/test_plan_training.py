@@ -31,7 +31,7 @@ def test_json_has_the_estimate_by_part(run: Callable[..., Any]) -> None:
     result = run(*EIGHT, "--batch-tokens", "4M", "--tokens", "1B", "--price", "2", "--json")
     assert result.code == 0, result.err
     shown = result.json["training"]
-    setup = TrainingSetup(gpus=8, context_parallel=8, checkpointing="selective")
+    setup = TrainingSetup(gpus=8, context_parallel=8, checkpointing="elementwise")
     memory = training_memory(LLAMA, LENGTH, setup, PAPER)
     assert shown["memory_per_gpu"]["parts"] == memory.parts
     assert shown["memory_per_gpu"]["phases"] == memory.phases
@@ -45,8 +45,8 @@ def test_json_has_the_estimate_by_part(run: Callable[..., Any]) -> None:
     assert budget["gpu_hours"] == step.gpu_hours(10**9) and budget["steps"] == 239
     assert budget["cost"] == 2 * budget["gpu_hours"]
     assert budget["gpu_hours_all_full"] > budget["gpu_hours"]
-    # Everything does not fit, attention's outputs do.
-    assert shown["setup"]["checkpointing"] == "selective"
+    # Everything does not fit, what attention and products give does.
+    assert shown["setup"]["checkpointing"] == "elementwise"
     everything = replace(setup, checkpointing="off")
     assert training_memory(LLAMA, LENGTH, everything, PAPER).total > 80 << 30
 
@@ -56,7 +56,7 @@ def test_text_says_the_same_figures_within_80_columns(run: Callable[..., Any]) -
     assert max(map(len, text.splitlines())) <= 80
     for part in (
         "131,072 tokens a step, 8 GPUs share a sequence",
-        "checkpointing selective, sharding fsdp",
+        "checkpointing elementwise, sharding fsdp",
         "Memory per GPU",
         "Adam moments, fp32",
         "one layer computed again",
@@ -137,7 +137,7 @@ def test_offloading_leaves_the_choice_of_checkpointing(run: Callable[..., Any]) 
         ("compile = true", "compile is True; give text"),
         ("full_layers = 3", "full_layers is 3; give text"),
         ('block_size = "64"', "block_size is '64'; give a whole number"),
-        ("gradient_checkpointing = 'some'", "give auto, off, selective or full"),
+        ("gradient_checkpointing = 'some'", "give auto, off, elementwise, selective or full"),
         ("data = 3", "data is 3; give a list of paths"),
         ("context = 1.5", "context is 1.5; give a whole number"),
     ],

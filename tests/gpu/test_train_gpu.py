@@ -52,6 +52,7 @@ RUNS = {
     "strided-host": on_gpu(STRIDED, recompute="selective", offload=True, packed=False),
     "tied": on_gpu(WINDOW, tied=True),
     "bf16": on_gpu(WINDOW, recompute="selective", bf16=True),
+    "bf16-products": on_gpu(WINDOW, recompute="elementwise", bf16=True),
     "bf16-strided": on_gpu(STRIDED, recompute="full", bf16=True, packed=False),
     "bf16-flex": on_gpu(STRIDED, recompute="selective", bf16=True, attention="longgen_flex"),
 }

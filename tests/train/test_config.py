@@ -57,9 +57,17 @@ def test_a_step_has_by_default_as_many_whole_sequences_as_131072_tokens_hold() -
         ({"sharding": "zero3"}, "sharding is 'zero3'; give auto, fsdp or ddp"),
         (
             {"gradient_checkpointing": "some"},
-            "gradient_checkpointing is 'some'; give auto, off, selective or full",
+            "gradient_checkpointing is 'some'; give auto, off, elementwise, selective or full",
         ),
         ({"gradient_checkpointing": "off", "offload": True}, "gradient_checkpointing is off"),
+        (
+            {"gradient_checkpointing": "elementwise", "offload": True},
+            "gradient_checkpointing is elementwise. Give selective or full, or leave offload out",
+        ),
+        (
+            {"gradient_checkpointing": "elementwise", "fp8": True},
+            "fp8 products give none to keep. Give selective, or leave fp8 out",
+        ),
         ({"strict": "yes"}, "strict is 'yes'; give true or false"),
         ({"data": "text"}, "data is 'text'; give a list of paths"),
         ({"data": []}, "No data were given"),

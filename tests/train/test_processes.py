@@ -25,6 +25,7 @@ STRIDED = SparsePattern.block_sparse(block_size=4, stride_blocks=5, local_blocks
 RUNS = {
     "window": Training(WINDOW, (4, 2), packed=True, recompute="full"),
     "window-kept": Training(WINDOW, (4, 2), packed=True, recompute="selective"),
+    "products-kept": Training(WINDOW, (4, 2), packed=True, recompute="elementwise"),
     "strided": Training(STRIDED, (4, 4), packed=False),
     "one-kv-head": Training(STRIDED, (4, 1), packed=True, recompute="full"),
     "one-kv-head-kept": Training(STRIDED, (4, 1), packed=True, recompute="selective", offload=True),
@@ -39,6 +40,8 @@ SHARED = {
         ("strided", 2, "ddp"),
         ("three-heads", 2, "ddp"),
         ("window-kept", 1, "fsdp"),
+        ("products-kept", 1, "ddp"),
+        ("products-kept", 2, "fsdp"),
         ("strided", 2, "fsdp"),
         ("one-kv-head-kept", 2, "fsdp"),
         ("tied", 2, "fsdp"),

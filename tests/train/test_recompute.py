@@ -13,7 +13,13 @@ from longgen.train.recompute import set_recompute, to_host
 from tests.train.work import Sequences, Training, make_model
 
 RUN = Training(SparsePattern(block_size=8, sink_blocks=1, local_blocks=2), (4, 2), packed=True)
-KINDS = [("full", False), ("full", True), ("selective", False), ("selective", True)]
+KINDS = [
+    ("full", False),
+    ("full", True),
+    ("selective", False),
+    ("selective", True),
+    ("elementwise", False),
+]
 
 
 def gradients(mode: str, offload: bool, smallest_bytes: int = 0) -> list[torch.Tensor]:

@@ -36,8 +36,9 @@ from longgen.cli.options import (
     SinkBlocksOption,
     StrideBlocksOption,
 )
+from longgen.errors import UsageError
 from longgen.shapes import SHAPES, ModelShape, load_shape
-from longgen.training_setup import CHECKPOINTING, TrainingSetup
+from longgen.training_setup import CHECKPOINTING, KEPT_PRODUCTS, TrainingSetup
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 _LENGTHS = (32768, 131072)
 # What this command calls them.
-_CHECKPOINTING = {"none": "off", **{name: name for name in CHECKPOINTING}}
+_CHECKPOINTING = {"none": "off", **{name: name for name in ("auto", *CHECKPOINTING)}}
 
 
 def train(
@@ -97,10 +98,11 @@ def train(
         typer.Option(
             "--checkpointing",
             metavar="NAME",
-            help="What layers keep for the backward pass: none (everything), selective (their "
-            "input and attention's output), full (their input).",
+            help="What layers keep for the backward pass: none (everything), elementwise (their "
+            "input and results of attention and matrix products), selective (input and "
+            "attention's output), full (their input), or auto, the first of them that fits.",
         ),
-    ] = "selective",
+    ] = "auto",
     offload: Annotated[
         bool, typer.Option("--offload", help="Hold what checkpointing keeps in host memory.")
     ] = False,
@@ -184,6 +186,11 @@ def train(
     )
     refuse_two_models(model, shape, quick=quick)
     refuse_unknown("--checkpointing", (checkpointing,), tuple(_CHECKPOINTING))
+    if fp8 and checkpointing in KEPT_PRODUCTS:
+        raise UsageError(
+            f"--checkpointing is {checkpointing}, which keeps results of matrix products, and fp8 "
+            "products give none to keep. Give selective, or leave --fp8 out."
+        )
     chosen_lengths = parse_lengths(lengths)
     found = load_shape(model) if model is not None else None
 
@@ -204,12 +211,13 @@ def train(
     from longgen.train.sharding import choose_sharding
 
     held = choose_sharding(sharding, processes.count, on_gpu=on_gpu)
+    chooses = checkpointing == "auto"
     setup = TrainingSetup(
         gpus=processes.count,
         context_parallel=context_parallel,
         # Of one process there is nothing to choose.
         sharding=sharding if held == "none" else held,
-        checkpointing=_CHECKPOINTING[checkpointing],
+        checkpointing="full" if chooses else _CHECKPOINTING[checkpointing],
         offload=offload,
         compile=on_gpu if compile is None else compile,
         is_bf16=on_gpu,
@@ -219,6 +227,7 @@ def train(
         place,
         options,
         setup,
+        chooses=chooses,
         checkpoint=(model, found) if model is not None and found is not None else None,
         shape=shape,
         layers=layers,
@@ -266,6 +275,7 @@ def _settings(
     options: PlanOptions,
     setup: TrainingSetup,
     *,
+    chooses: bool,
     checkpoint: tuple[str, ModelShape] | None,
     shape: str | None,
     layers: int | None,
@@ -306,6 +316,7 @@ def _settings(
         device=device,
         variants=variants or VARIANTS,
         setup=setup,
+        chooses_checkpointing=chooses,
         fp8=fp8,
         seed=seed,
         force=force,
@@ -334,17 +345,19 @@ def _extra(run: TrainBench) -> dict[str, Any]:
 
 def _plot(run: TrainBench, path: Path) -> None:
     from longgen.bench.train_plot import plot_train
+    from longgen.bench.train_settings import STOCK
     from longgen.evaluate.results import card_name
 
     settings, gpus = run.settings, run.processes.count
     plan = settings.plan
     of = f"{plan.num_layers} of {settings.whole_layers} layers, "
     step = "with optimizer" if settings.setup.optimizer else "forward + backward"
+    kept = {row["checkpointing"] for row in run.rows if row["case"] != f"train_step.{STOCK}"}
     title = (
         f"Training {settings.name} on {gpus} x {card_name(settings.device)}: "
         f"{of if plan.num_layers < settings.whole_layers else ''}"
         f"{len(plan.full_layers)} of {plan.num_layers} full, {plan.pattern}, {step}, "
-        f"checkpointing {settings.setup.checkpointing}"
+        f"checkpointing {' and '.join(sorted(kept)) or settings.setup.checkpointing}"
     )
     plot_train(run.rows, path, title=title)
 

@@ -1,0 +1,95 @@
+"""What lies between matrix products: compiled, and in the format that autocast computes in."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from longgen.train.elementwise import (
+    _ROTARY,
+    _fuse_rotary,
+    compile_elementwise,
+    norms_follow_autocast,
+)
+from tests.train.test_products import gradients, make_model
+from tests.weighing import SMALL
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_yet() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", ["off", "elementwise", "selective"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_layers_have_the_same_gradients(family: str, mode: str) -> None:
+    expected = gradients(make_model(mode, family))
+    model = make_model(mode, family)
+    compile_elementwise(model)
+    for one, other in zip(gradients(model), expected, strict=True):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_rotates_in_a_compiled_function(family: str) -> None:
+    model = make_model("off", family)
+    other = make_model("off", family)
+    compile_elementwise(model)
+    for layer, untouched in zip(model.model.layers, other.model.layers, strict=True):
+        own = layer.self_attn.forward.__globals__[_ROTARY]
+        plain = untouched.self_attn.forward.__globals__[_ROTARY]
+        assert own is not plain and hasattr(own, "_torchdynamo_orig_callable")
+        assert not hasattr(plain, "_torchdynamo_orig_callable")
+
+
+def test_attention_that_rotates_otherwise_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Own(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    module = Own()
+    with caplog.at_level(logging.WARNING):
+        _fuse_rotary(module)
+    assert "Own does not rotate by transformers' apply_rotary_pos_emb" in caplog.text
+    assert "forward" not in vars(module)
+
+
+def test_norms_give_what_autocast_computes_in() -> None:
+    given: dict[str, torch.dtype] = {}
+    model = make_model("off", "qwen3")
+    norms_follow_autocast(model)
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.register_forward_hook(
+                lambda module, args, out, name=name: given.__setitem__(name, out.dtype)
+            )
+    ids = torch.arange(64)[None] % SMALL.vocab_size
+    for autocast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(ids, shift_labels=ids, use_cache=False)
+        assert len(given) == 4 * len(model.model.layers) + 1
+        assert set(given.values()) == {dtype}
+
+
+def test_what_enters_products_is_the_same_under_autocast() -> None:
+    """The loss is the same bits; gradients of what several projections share are added in bf16."""
+    plain, following = make_model("off"), make_model("off", autocast=True)
+    ids = torch.randint(0, SMALL.vocab_size, (1, 256), generator=torch.manual_seed(0))
+    losses = []
+    for model in (plain, following):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(float(model(ids, shift_labels=ids, use_cache=False).loss.detach()))
+    assert losses[0] == losses[1]
+    exact = gradients(make_model("off"))
+    for found in (gradients(plain, True), gradients(following, True)):
+        for one, other in zip(found, exact, strict=True):
+            assert one is not None and other is not None
+            assert (one - other).norm() <= 0.03 * other.norm()
