@@ -55,10 +55,12 @@ def norms_follow_autocast(model: Any) -> None:
     """
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.register_forward_hook(_follow_autocast)
+            # A hook would be compiled by itself, and read and write everything once more.
+            module.forward = partial(_follow_autocast, module)
 
 
-def _follow_autocast(module: Any, args: Any, out: Tensor) -> Tensor:
+def _follow_autocast(norm: Any, x: Tensor) -> Tensor:
+    out = type(norm).forward(norm, x)
     kind = out.device.type
     return out.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else out
 
@@ -84,8 +86,15 @@ def _forward_with_fused_rotary(forward: FunctionType) -> FunctionType | None:
     call transformers' by its name."""
     if _ROTARY not in forward.__code__.co_names:
         return None
-    rotary = torch.compile(forward.__globals__[_ROTARY])
-    names = {**forward.__globals__, _ROTARY: rotary}
+    rotary = forward.__globals__[_ROTARY]
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        # (B, H, T, D), but in memory heads follow each other token by token. In that order, which
+        # attention and projections work in, nothing has to be copied, forward or backward.
+        q, k = rotary(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    names = {**forward.__globals__, _ROTARY: torch.compile(rotate)}
     fused = FunctionType(
         forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
     )

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 from longgen.train.elementwise import (
     _ROTARY,
@@ -15,8 +17,9 @@ from longgen.train.elementwise import (
     norms_follow_autocast,
 )
 from tests.train.test_products import gradients, make_model
-from tests.weighing import SMALL
+from tests.weighing import SMALL, stand_in
 
+CLONE = "aten::clone"
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
@@ -60,6 +63,33 @@ def test_attention_that_rotates_otherwise_is_named(caplog: pytest.LogCaptureFixt
         _fuse_rotary(module)
     assert "Own does not rotate by transformers' apply_rotary_pos_emb" in caplog.text
     assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize(("family", "graphs"), [("llama", 3), ("qwen3", 4)])
+def test_norms_rotation_and_gate_are_one_graph_each(family: str, graphs: int) -> None:
+    """A norm with its cast; Qwen3's norms of heads have another shape."""
+    counters.clear()
+    model = make_model("elementwise", family, autocast=True)
+    compile_elementwise(model)
+    gradients(model, True)
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+def test_queries_and_keys_are_not_copied_from_one_layout_to_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand_in(monkeypatch)
+    copies = {}
+    for compiled in (False, True):
+        model = make_model("elementwise", autocast=True)
+        if compiled:
+            compile_elementwise(model)
+        gradients(model, True)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+            gradients(model, True)
+        found = [event.input_shapes[0] for event in recorded.events() if event.name == CLONE]
+        copies[compiled] = sum(len(shape) == 4 for shape in found)
+    assert copies == {False: 2 * len(model.model.layers), True: 0}
 
 
 def test_norms_give_what_autocast_computes_in() -> None:
