@@ -289,6 +289,28 @@ def serving(name: str) -> list[str]:
     return [*lines, "", f"{results['shape']}. " + provenance(results)]
 
 
+def training(name: str) -> list[str]:
+    """Return the short table of one training benchmark: a step at 128K."""
+    results = newest(name)
+    rows = [row for row in results["rows"] if row["length"] == ACCEPTANCE_LENGTH and row["value"]]
+    found = {row["case"].partition(".")[2]: row for row in rows}
+    lines = [
+        f"| {say_tokens(ACCEPTANCE_LENGTH)} tokens, {results['timing']['a_step_is']} | a step | "
+        "tokens/s | MFU | memory |",
+        "|---|---|---|---|---|",
+    ]
+    for variant, label in SERVED.items():
+        if variant not in found:
+            continue
+        row = found[variant]
+        lines.append(
+            f"| {label.replace('engine', 'path')} | {row['value']:.2f} s | "
+            f"{row['tokens_per_second_per_gpu']:,.0f} | {row['mfu']:.0%} | "
+            f"{say_bytes(row['peak_bytes'])} |"
+        )
+    return [*lines, "", f"{results['shape']}. " + provenance(results)]
+
+
 def train(name: str) -> list[str]:
     """Return the table of one training benchmark."""
     if not files(name):
@@ -370,6 +392,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "inference_gqa": lambda: inference("inference-gqa"),
     "inference_qwen3": lambda: inference("inference-qwen3"),
     "attention_small": lambda: attention("attention-small"),
+    "training": lambda: training("train"),
     "train": lambda: train("train"),
     "train_whole": lambda: train("train-whole"),
     "recipes": recipes,

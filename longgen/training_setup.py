@@ -29,7 +29,7 @@ class TrainingSetup:
             "selective" keeps the output of attention too, "elementwise" those of matrix products
             as well, "off" keeps everything.
         offload: whether what "full" and "selective" keep goes to the host's memory.
-        compile: whether norms and MLPs are compiled.
+        compile: whether norms, rotary embedding and gates are compiled.
         is_bf16: whether layers compute in bf16, over weights in fp32; otherwise in fp32.
         optimizer: whether AdamW's moments exist.
         accumulates: whether gradients of earlier micro-batches exist during the forward pass.

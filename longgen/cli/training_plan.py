@@ -94,7 +94,7 @@ CompileOption = Annotated[
     bool | None,
     typer.Option(
         "--compile/--no-compile",
-        help="Whether norms and MLPs are compiled. [default: on]",
+        help="Whether what lies between matrix products is compiled. [default: on]",
         rich_help_panel=_PANEL,
     ),
 ]

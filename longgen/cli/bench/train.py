@@ -115,7 +115,10 @@ def train(
     ] = False,
     compile: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Compile norms and MLPs. [default: on a GPU]"),
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile what lies between matrix products. [default: on a GPU]",
+        ),
     ] = None,
     fp8: Annotated[
         bool, typer.Option("--fp8", help="Matrix products of LongGen's layers in fp8.")
