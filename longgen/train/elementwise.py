@@ -86,15 +86,16 @@ def _forward_with_fused_rotary(forward: FunctionType) -> FunctionType | None:
     call transformers' by its name."""
     if _ROTARY not in forward.__code__.co_names:
         return None
-    rotary = forward.__globals__[_ROTARY]
+    compiled = torch.compile(partial(forward.__globals__[_ROTARY], unsqueeze_dim=2))
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         # (B, H, T, D), but in memory heads follow each other token by token. In that order, which
-        # attention and projections work in, nothing has to be copied, forward or backward.
-        q, k = rotary(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+        # attention and projections work in, nothing has to be copied, forward or backward; the
+        # compiled function has to see it, or gradients that come to it would be.
+        q, k = compiled(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2)
 
-    names = {**forward.__globals__, _ROTARY: torch.compile(rotate)}
+    names = {**forward.__globals__, _ROTARY: rotate}
     fused = FunctionType(
         forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
     )

@@ -36,6 +36,12 @@ def _missing() -> str | None:
     return None
 
 
+# Compilers look through the cache, and not every release of PyTorch sees through the search.
+@torch.compiler.assume_constant_result
+def _missing_constant() -> str | None:
+    return _missing()
+
+
 @lru_cache(maxsize=8)
 def _unfit(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip:
@@ -69,7 +75,7 @@ def flash_obstacle(q: torch.Tensor, *, gradients: bool) -> str | None:
         return (
             "its backward pass sums in no fixed order, and deterministic algorithms are asked for"
         )
-    return _missing()
+    return _missing_constant()
 
 
 def flash_attend(
