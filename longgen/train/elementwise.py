@@ -55,12 +55,15 @@ def norms_follow_autocast(model: Any) -> None:
     """
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.register_forward_hook(_follow_autocast)
+            module.forward = partial(_norm_in_autocast, module)
 
 
-def _follow_autocast(module: Any, args: Any, out: Tensor) -> Tensor:
+def _norm_in_autocast(norm: Any, x: Tensor) -> Tensor:
+    # No hook, which would be compiled apart: a kernel more, and the norm's output in fp32 between.
+    out = type(norm).forward(norm, x)
     kind = out.device.type
-    return out.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else out
+    out = out.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else out
+    return out  # type: ignore[no-any-return]
 
 
 def _gate(activation: Any, gate: Tensor, up: Tensor) -> Tensor:

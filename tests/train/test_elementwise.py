@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from longgen.train.elementwise import (
     _ROTARY,
@@ -77,6 +78,19 @@ def test_norms_give_what_autocast_computes_in() -> None:
             model(ids, shift_labels=ids, use_cache=False)
         assert len(given) == 4 * len(model.model.layers) + 1
         assert set(given.values()) == {dtype}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_norm_and_its_cast_are_one_graph_for_all_layers(family: str) -> None:
+    model = make_model("off", family, autocast=True)
+    compile_elementwise(model)
+    counters.clear()
+    x = torch.randn(1, 16, SMALL.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert norm(x).dtype == torch.bfloat16
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_enters_products_is_the_same_under_autocast() -> None:
