@@ -345,19 +345,18 @@ def _extra(run: TrainBench) -> dict[str, Any]:
 
 def _plot(run: TrainBench, path: Path) -> None:
     from longgen.bench.train_plot import plot_train
-    from longgen.bench.train_settings import STOCK
+    from longgen.bench.train_summary import checkpointing
     from longgen.evaluate.results import card_name
 
     settings, gpus = run.settings, run.processes.count
     plan = settings.plan
     of = f"{plan.num_layers} of {settings.whole_layers} layers, "
     step = "with optimizer" if settings.setup.optimizer else "forward + backward"
-    kept = {row["checkpointing"] for row in run.rows if row["case"] != f"train_step.{STOCK}"}
     title = (
         f"Training {settings.name} on {gpus} x {card_name(settings.device)}: "
         f"{of if plan.num_layers < settings.whole_layers else ''}"
         f"{len(plan.full_layers)} of {plan.num_layers} full, {plan.pattern}, {step}, "
-        f"checkpointing {' and '.join(sorted(kept)) or settings.setup.checkpointing}"
+        f"checkpointing {checkpointing(run.rows)}"
     )
     plot_train(run.rows, path, title=title)
 
