@@ -230,8 +230,8 @@ def extend(
         str | None,
         _option(
             "compile",
-            "Compile norms and MLPs, which is faster after a first minute: on, off, or auto (on "
-            "GPUs).",
+            "Compile what lies between matrix products, which is faster after a first minute: on, "
+            "off, or auto (on GPUs).",
             _MACHINE,
             "on|off|auto",
         ),

@@ -36,9 +36,8 @@ from longgen.cli.options import (
     SinkBlocksOption,
     StrideBlocksOption,
 )
-from longgen.errors import UsageError
 from longgen.shapes import SHAPES, ModelShape, load_shape
-from longgen.training_setup import CHECKPOINTING, KEPT_PRODUCTS, TrainingSetup
+from longgen.training_setup import CHECKPOINTING, TrainingSetup, refuse_kept_products
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +114,10 @@ def train(
     ] = False,
     compile: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Compile norms and MLPs. [default: on a GPU]"),
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile what lies between matrix products. [default: on a GPU]",
+        ),
     ] = None,
     fp8: Annotated[
         bool, typer.Option("--fp8", help="Matrix products of LongGen's layers in fp8.")
@@ -186,11 +188,8 @@ def train(
     )
     refuse_two_models(model, shape, quick=quick)
     refuse_unknown("--checkpointing", (checkpointing,), tuple(_CHECKPOINTING))
-    if fp8 and checkpointing in KEPT_PRODUCTS:
-        raise UsageError(
-            f"--checkpointing is {checkpointing}, which keeps results of matrix products, and fp8 "
-            "products give none to keep. Give selective, or leave --fp8 out."
-        )
+    if fp8:
+        refuse_kept_products("--checkpointing", checkpointing)
     chosen_lengths = parse_lengths(lengths)
     found = load_shape(model) if model is not None else None
 
