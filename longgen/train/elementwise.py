@@ -83,9 +83,14 @@ def _gated_mlp(mlp: Any, x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _forward_with_fused_rotary(forward: FunctionType) -> FunctionType | None:
-    """Return an attention module's forward that rotates in a compiled function; None if it does not
-    call transformers' by its name."""
+    """Return an attention module's forward that rotates in a compiled function; None, said once for
+    all layers, if it does not call transformers' by its name."""
     if _ROTARY not in forward.__code__.co_names:
+        _logger.warning(
+            "%s does not rotate by transformers' %s; its rotary embedding is not compiled.",
+            forward.__qualname__,
+            _ROTARY,
+        )
         return None
     rotary = torch.compile(forward.__globals__[_ROTARY])
     names = {**forward.__globals__, _ROTARY: rotary}
@@ -99,11 +104,5 @@ def _forward_with_fused_rotary(forward: FunctionType) -> FunctionType | None:
 def _fuse_rotary(attention: Any) -> None:
     """Rotate queries and keys of an attention module in one kernel instead of ten."""
     fused = _forward_with_fused_rotary(type(attention).forward)
-    if fused is None:
-        _logger.warning(
-            "%s does not rotate by transformers' %s; its rotary embedding is not compiled.",
-            type(attention).__name__,
-            _ROTARY,
-        )
-        return
-    attention.forward = fused.__get__(attention)
+    if fused is not None:
+        attention.forward = fused.__get__(attention)
