@@ -328,7 +328,7 @@ def train(name: str) -> list[str]:
     how = [f"{gpus} GPU{'' if gpus == 1 else 's'}"]
     how += [f"{shared} share a sequence"] if shared > 1 else []
     how += [f"sharding {row['sharding']}"] if row["sharding"] else []
-    how += [f"checkpointing {row['checkpointing']}", results["timing"]["a_step_is"]]
+    how += [f"checkpointing {train_summary.checkpointing(rows)}", results["timing"]["a_step_is"]]
     return [
         *lines,
         "",

@@ -15,6 +15,19 @@ KEPT_PRODUCTS = ("elementwise",)
 SHARDINGS = ("auto", "fsdp", "ddp")
 
 
+def refuse_kept_products(name: str, checkpointing: str) -> None:
+    """Refuse checkpointing that fp8 leaves nothing to keep for.
+
+    Raises:
+        UsageError: if it is one of `KEPT_PRODUCTS`; `name` is what the user calls it.
+    """
+    if checkpointing in KEPT_PRODUCTS:
+        raise UsageError(
+            f"{name} is {checkpointing}, which keeps results of matrix products, and fp8 products "
+            "give none to keep. Give selective, or leave fp8 out."
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSetup:
     """Say how a model is trained; the defaults are those of `longgen extend` on GPUs.
@@ -29,7 +42,7 @@ class TrainingSetup:
             "selective" keeps the output of attention too, "elementwise" those of matrix products
             as well, "off" keeps everything.
         offload: whether what "full" and "selective" keep goes to the host's memory.
-        compile: whether norms, rotary embedding and gates are compiled.
+        compile: whether norms, rotary embedding and the gates of MLPs are compiled.
         is_bf16: whether layers compute in bf16, over weights in fp32; otherwise in fp32.
         optimizer: whether AdamW's moments exist.
         accumulates: whether gradients of earlier micro-batches exist during the forward pass.
@@ -71,8 +84,7 @@ class TrainingSetup:
 
     @property
     def casts_weights(self) -> bool:
-        """Whether autocast makes the bf16 weights, and so leaves norms in fp32; FSDP2 gathers
-        weights in bf16."""
+        """Whether autocast makes the bf16 weights; FSDP2 gathers weights in bf16."""
         return self.is_bf16 and not self.is_sharded
 
     @property

@@ -121,8 +121,11 @@ def work_seconds(
     again = setup.checkpointing != "off"
     products_again = setup.checkpointing in ("selective", "full")
     layers = 2 * shape.num_hidden_layers * shape.layer_linear_parameters * tokens
+    # Recomputation ends before the last product of a layer, whose result nothing needs.
+    last = 2 * shape.num_hidden_layers * shape.hidden_size * shape.intermediate_size * tokens
     head = 2 * shape.embedding_parameters * tokens
-    parts = {"matrix products": ((3 + products_again) * layers + 3 * head) / (c.matmul * peak)}
+    products = 3 * (layers + head) + products_again * (layers - last)
+    parts = {"matrix products": products / (c.matmul * peak)}
     kernels = 1.0 if is_hopper else c.other_attention
     for kind, name, forward, backward in (
         ("F", "full attention", c.full_forward, c.full_backward),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from longgen.bench.summary import Table, number
-from longgen.bench.train_settings import VARIANTS
+from longgen.bench.train_settings import STOCK, VARIANTS
 from longgen.evaluate.results import Row, Rows, say_bytes, say_tokens
 
 _BASE = "hybrid"
@@ -76,6 +76,18 @@ def train_table(rows: Rows) -> Table:
 
 def _planned(row: Row) -> str:
     return say_bytes(row["planned_bytes"]) if "planned_bytes" in row else ""
+
+
+def checkpointing(rows: Rows) -> str:
+    """Return the checkpointing of LongGen's variants, with whose it is where they differ."""
+    whose: dict[str, list[str]] = {}
+    for (length, name), row in rows_of(rows).items():
+        if name != STOCK:
+            whose.setdefault(row["checkpointing"], []).append(f"{name} {say_tokens(length)}")
+    if len(whose) > 1:
+        return ", ".join(f"{kept} ({', '.join(cases)})" for kept, cases in whose.items())
+    # Of transformers' alone there is one; of nothing, nothing.
+    return next((str(kept) for kept in (*whose, *(row["checkpointing"] for row in rows))), "")
 
 
 def communication_share(row: Row) -> str:

@@ -231,8 +231,7 @@ def extend(
         _option(
             "compile",
             "Compile what lies between matrix products, which is faster after a first minute: on, "
-            "off, or auto (on "
-            "GPUs).",
+            "off, or auto (on GPUs).",
             _MACHINE,
             "on|off|auto",
         ),

@@ -19,7 +19,7 @@ from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.config import PLAN_OPTIONS, ExtendConfig, default_batch_tokens, read_recipe
 from longgen.training_memory import choose_checkpointing, offloaded_bytes, training_memory
-from longgen.training_setup import CHECKPOINTING, KEPT_PRODUCTS, TrainingSetup
+from longgen.training_setup import CHECKPOINTING, KEPT_PRODUCTS, TrainingSetup, refuse_kept_products
 from longgen.training_time import TrainingTime, training_time
 
 _PANEL = "Training (with --train)"
@@ -254,6 +254,8 @@ def training_figures(
         raise UsageError(
             f"--checkpointing is {checkpointing!r}; choose from auto, {', '.join(CHECKPOINTING)}."
         )
+    if options.fp8:
+        refuse_kept_products("--checkpointing", checkpointing)
     setup = TrainingSetup(
         batch=batch,
         gpus=gpus.count,
@@ -274,14 +276,9 @@ def training_figures(
         )
     sequences = batch_tokens // context
     setup = replace(setup, accumulates=sequences > groups * batch)
+    without = KEPT_PRODUCTS if options.fp8 else ()
     setup = choose_checkpointing(
-        checkpointing,
-        shape,
-        context,
-        setup,
-        plan,
-        gpus.gpu.memory_bytes,
-        without=KEPT_PRODUCTS if options.fp8 else (),
+        checkpointing, shape, context, setup, plan, gpus.gpu.memory_bytes, without
     )
     memory = training_memory(shape, context, setup, plan)
     step = training_time(shape, plan, context, gpus, setup, sequences)

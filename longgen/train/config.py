@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from longgen.errors import UsageError
-from longgen.training_setup import CHECKPOINTING, KEPT_PRODUCTS, OFFLOADED, SHARDINGS
+from longgen.training_setup import CHECKPOINTING, OFFLOADED, SHARDINGS, refuse_kept_products
 
 SWITCH = ("auto", "on", "off")
 # What layers keep for the backward pass.
@@ -147,12 +147,8 @@ class ExtendConfig:
                 f"gradient_checkpointing is {self.gradient_checkpointing}. Give "
                 f"{' or '.join(OFFLOADED)}, or leave offload out."
             )
-        if self.fp8 and self.gradient_checkpointing in KEPT_PRODUCTS:
-            raise UsageError(
-                f"gradient_checkpointing is {self.gradient_checkpointing}, which keeps results of "
-                "matrix products, and fp8 products give none to keep. Give selective, or leave fp8 "
-                "out."
-            )
+        if self.fp8:
+            refuse_kept_products("gradient_checkpointing", self.gradient_checkpointing)
         if not self.data:
             raise UsageError("No data were given to train on; name files, folders or globs.")
         if self.batch_tokens is None:

@@ -55,14 +55,15 @@ def norms_follow_autocast(model: Any) -> None:
     """
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            # A hook would be compiled by itself, and read and write everything once more.
-            module.forward = partial(_follow_autocast, module)
+            module.forward = partial(_norm_in_autocast, module)
 
 
-def _follow_autocast(norm: Any, x: Tensor) -> Tensor:
+def _norm_in_autocast(norm: Any, x: Tensor) -> Tensor:
+    # No hook, which would be compiled apart: a kernel more, and the norm's output in fp32 between.
     out = type(norm).forward(norm, x)
     kind = out.device.type
-    return out.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else out
+    out = out.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else out
+    return out  # type: ignore[no-any-return]
 
 
 def _gate(activation: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -82,9 +83,14 @@ def _gated_mlp(mlp: Any, x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _forward_with_fused_rotary(forward: FunctionType) -> FunctionType | None:
-    """Return an attention module's forward that rotates in a compiled function; None if it does not
-    call transformers' by its name."""
+    """Return an attention module's forward that rotates in a compiled function; None, said once for
+    all layers, if it does not call transformers' by its name."""
     if _ROTARY not in forward.__code__.co_names:
+        _logger.warning(
+            "%s does not rotate by transformers' %s; its rotary embedding is not compiled.",
+            forward.__qualname__,
+            _ROTARY,
+        )
         return None
     compiled = torch.compile(partial(forward.__globals__[_ROTARY], unsqueeze_dim=2))
 
@@ -106,11 +112,5 @@ def _forward_with_fused_rotary(forward: FunctionType) -> FunctionType | None:
 def _fuse_rotary(attention: Any) -> None:
     """Rotate queries and keys of an attention module in one kernel instead of ten."""
     fused = _forward_with_fused_rotary(type(attention).forward)
-    if fused is None:
-        _logger.warning(
-            "%s does not rotate by transformers' %s; its rotary embedding is not compiled.",
-            type(attention).__name__,
-            _ROTARY,
-        )
-        return
-    attention.forward = fused.__get__(attention)
+    if fused is not None:
+        attention.forward = fused.__get__(attention)

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from longgen.bench.train_plot import plot_train
-from longgen.bench.train_summary import communication, failures, ratios, rows_of, train_table
+from longgen.bench.train_summary import (
+    checkpointing,
+    communication,
+    failures,
+    ratios,
+    rows_of,
+    train_table,
+)
 from longgen.errors import UsageError
 
 SECONDS = {"hybrid": 5.5, "full": 10.1, "transformers": 13.9}
@@ -58,6 +65,19 @@ def test_communication_is_said_where_it_was_measured() -> None:
     assert communication(broken(rows, 4)) == [
         "train_step.hybrid, 128K: communication is 10.0% of the step, 2.0% with nothing beside."
     ]
+
+
+def test_checkpointing_is_said_for_each_where_it_differs() -> None:
+    rows = make_rows(checkpointing="selective")
+    for row in rows:
+        if row["case"].endswith(".transformers"):
+            row["checkpointing"] = "full"
+    assert checkpointing(rows) == "selective"
+    rows[0] |= {"checkpointing": "off"}
+    assert (
+        checkpointing(rows[:6]) == "off (hybrid 32K), selective (full 32K, hybrid 128K, full 128K)"
+    )
+    assert checkpointing(rows[2:3]) == "full" and checkpointing([]) == ""
 
 
 def test_ratios_stand_beside_those_of_flops() -> None:

@@ -121,6 +121,17 @@ def test_a_context_that_gpus_cannot_share_is_refused(refused: Callable[..., str]
     assert "and checkpointing is off" in refused(*EIGHT, "--checkpointing", "off", "--offload")
 
 
+def test_products_in_fp8_are_not_planned_to_be_kept(
+    run: Callable[..., Any], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("fp8 = true\n")
+    plan = (*EIGHT, "--recipe", recipe)
+    assert run(*plan, "--json").json["training"]["setup"]["checkpointing"] == "selective"
+    error = refused(*plan, "--checkpointing", "elementwise")
+    assert "--checkpointing is elementwise" in error and "leave fp8 out" in error
+
+
 def test_offloading_leaves_the_choice_of_checkpointing(run: Callable[..., Any]) -> None:
     """As `longgen extend` does: attention's outputs are kept too where they fit."""
     shown = run(*EIGHT, "--offload", "--json").json["training"]["setup"]

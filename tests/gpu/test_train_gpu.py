@@ -63,6 +63,8 @@ SHARED = (
     ("strided-host", 2, "fsdp"),
     ("tied", 2, "fsdp"),
     ("bf16", 2, "fsdp"),
+    ("bf16-products", 2, "fsdp"),
+    ("bf16-products", 1, "ddp"),
     ("bf16-strided", 2, "fsdp"),
     ("bf16-flex", 1, "fsdp"),
 )

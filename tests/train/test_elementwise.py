@@ -55,16 +55,18 @@ def test_every_family_rotates_in_a_compiled_function(family: str) -> None:
         assert not hasattr(plain, "_torchdynamo_orig_callable")
 
 
-def test_attention_that_rotates_otherwise_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_attention_that_rotates_otherwise_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     class Own(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
-    module = Own()
+    modules = [Own(), Own()]
     with caplog.at_level(logging.WARNING):
-        _fuse_rotary(module)
-    assert "Own does not rotate by transformers' apply_rotary_pos_emb" in caplog.text
-    assert "forward" not in vars(module)
+        for module in modules:
+            _fuse_rotary(module)
+    said = "Own.forward does not rotate by transformers' apply_rotary_pos_emb"
+    assert caplog.text.count(said) == 1
+    assert all("forward" not in vars(module) for module in modules)
 
 
 @pytest.mark.parametrize(("family", "graphs"), [("llama", 3), ("qwen3", 4)])
@@ -109,6 +111,19 @@ def test_norms_give_what_autocast_computes_in() -> None:
             model(ids, shift_labels=ids, use_cache=False)
         assert len(given) == 4 * len(model.model.layers) + 1
         assert set(given.values()) == {dtype}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_norm_and_its_cast_are_one_graph_for_all_layers(family: str) -> None:
+    model = make_model("off", family, autocast=True)
+    compile_elementwise(model)
+    counters.clear()
+    x = torch.randn(1, 16, SMALL.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert norm(x).dtype == torch.bfloat16
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_enters_products_is_the_same_under_autocast() -> None:

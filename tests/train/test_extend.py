@@ -25,6 +25,7 @@ from longgen.train.config import ExtendConfig
 from longgen.train.extend import HELDOUT, extend, training_folder
 from longgen.train.saving import OPTIMIZER, WEIGHTS, newest_checkpoint
 from longgen.train.trainer import LongGenTrainer, TrainingSequences
+from longgen.training_setup import CHECKPOINTING
 
 Settings = Callable[..., ExtendConfig]
 
@@ -85,7 +86,7 @@ def test_a_run_learns_and_leaves_a_whole_hybrid(
 
 
 def test_gradient_checkpointing_changes_nothing(settings: Settings) -> None:
-    kinds = (("off", False), ("full", False), ("selective", False), ("selective", True))
+    kinds = [(mode, False) for mode in CHECKPOINTING] + [("selective", True)]
     runs = [
         settings(f"{mode}-{offload}", steps=3, gradient_checkpointing=mode, offload=offload)
         for mode, offload in kinds

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from longgen.attention.keep import within
 from longgen.bench.models import planned_config, random_model, shape_config
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
@@ -88,6 +89,31 @@ def test_weights_that_do_not_learn_get_no_gradients(count: Callable[[], int]) ->
     for one, other in zip(*found, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one, other)
+
+
+def test_passes_may_overlap_and_fail() -> None:
+    """Two forward passes before a backward pass, one that is taken twice, one that breaks off."""
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no more")
+
+    found = []
+    for mode in ("off", "elementwise"):
+        model = make_model(mode, "qwen2")
+        first, second = (
+            model(ids, shift_labels=ids, use_cache=False, num_items_in_batch=96).loss
+            for ids in (torch.arange(96)[None], torch.arange(64)[None])
+        )
+        hook = model.model.layers[1].mlp.register_forward_hook(broken)
+        with pytest.raises(RuntimeError, match="no more"):
+            gradients(model)
+        hook.remove()
+        assert within() is None
+        second.backward(retain_graph=True)
+        first.backward()
+        second.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_without_gradients_products_are_what_they_were(count: Callable[[], int]) -> None:

@@ -36,9 +36,8 @@ from longgen.cli.options import (
     SinkBlocksOption,
     StrideBlocksOption,
 )
-from longgen.errors import UsageError
 from longgen.shapes import SHAPES, ModelShape, load_shape
-from longgen.training_setup import CHECKPOINTING, KEPT_PRODUCTS, TrainingSetup
+from longgen.training_setup import CHECKPOINTING, TrainingSetup, refuse_kept_products
 
 if TYPE_CHECKING:
     import torch
@@ -189,11 +188,8 @@ def train(
     )
     refuse_two_models(model, shape, quick=quick)
     refuse_unknown("--checkpointing", (checkpointing,), tuple(_CHECKPOINTING))
-    if fp8 and checkpointing in KEPT_PRODUCTS:
-        raise UsageError(
-            f"--checkpointing is {checkpointing}, which keeps results of matrix products, and fp8 "
-            "products give none to keep. Give selective, or leave --fp8 out."
-        )
+    if fp8:
+        refuse_kept_products("--checkpointing", checkpointing)
     chosen_lengths = parse_lengths(lengths)
     found = load_shape(model) if model is not None else None
 
@@ -348,19 +344,18 @@ def _extra(run: TrainBench) -> dict[str, Any]:
 
 def _plot(run: TrainBench, path: Path) -> None:
     from longgen.bench.train_plot import plot_train
-    from longgen.bench.train_settings import STOCK
+    from longgen.bench.train_summary import checkpointing
     from longgen.evaluate.results import card_name
 
     settings, gpus = run.settings, run.processes.count
     plan = settings.plan
     of = f"{plan.num_layers} of {settings.whole_layers} layers, "
     step = "with optimizer" if settings.setup.optimizer else "forward + backward"
-    kept = {row["checkpointing"] for row in run.rows if row["case"] != f"train_step.{STOCK}"}
     title = (
         f"Training {settings.name} on {gpus} x {card_name(settings.device)}: "
         f"{of if plan.num_layers < settings.whole_layers else ''}"
         f"{len(plan.full_layers)} of {plan.num_layers} full, {plan.pattern}, {step}, "
-        f"checkpointing {' and '.join(sorted(kept)) or settings.setup.checkpointing}"
+        f"checkpointing {checkpointing(run.rows)}"
     )
     plot_train(run.rows, path, title=title)
 
