@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from functools import lru_cache, partial
 from types import FunctionType
@@ -111,6 +112,7 @@ def _forward_with_fused_rotary(forward: FunctionType) -> FunctionType | None:
 
 def _fuse_rotary(attention: Any) -> None:
     """Rotate queries and keys of an attention module in one kernel instead of ten."""
-    fused = _forward_with_fused_rotary(type(attention).forward)
+    # Without what decorates it, which takes old names of arguments: a layer's call has new ones.
+    fused = _forward_with_fused_rotary(inspect.unwrap(type(attention).forward))
     if fused is not None:
         attention.forward = fused.__get__(attention)

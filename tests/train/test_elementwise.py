@@ -49,7 +49,7 @@ def test_every_family_rotates_in_a_compiled_function(family: str) -> None:
     compile_elementwise(model)
     for layer, untouched in zip(model.model.layers, other.model.layers, strict=True):
         own = layer.self_attn.forward.__globals__[_ROTARY]
-        plain = untouched.self_attn.forward.__globals__[_ROTARY]
+        plain = inspect.unwrap(type(untouched.self_attn).forward).__globals__[_ROTARY]
         inner = inspect.getclosurevars(own).nonlocals["compiled"]
         assert hasattr(inner, "_torchdynamo_orig_callable")
         assert not hasattr(plain, "_torchdynamo_orig_callable")
