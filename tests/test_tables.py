@@ -155,6 +155,17 @@ def test_the_training_table_has_every_variant_and_how_it_ran(
     assert "4 GPUs; 4 share a sequence; sharding fsdp; checkpointing full; forward, back" in text
     assert "MFU: so." in text and "2026-11-25_nvidia-h200_train.json" in text
 
+    for one in rows[:2]:
+        one["checkpointing"] = "elementwise"
+    (tmp_path / "2026-11-25_nvidia-h200_train.json").write_text(json.dumps(results))
+    assert "checkpointing elementwise (transformers full);" in "\n".join(tables.train("train"))
+    # The short one has what was measured.
+    short = tables.training("train")
+    assert short[0].startswith("| 128K tokens, forward, backward | a step |") and len(short) == 6
+    assert short[2] == (
+        "| **hybrid** | 5.50 s | 6,000 | 47% | 60.0 GiB | what lies between products |"
+    )
+
 
 def test_recipes_are_planned_for_the_gpus_in_their_names() -> None:
     text = "\n".join(tables.recipes())
