@@ -302,17 +302,16 @@ AGAIN = {
 def training(name: str) -> list[str]:
     """Return the short table of one training benchmark: a step at 128K."""
     results = newest(name)
-    rows = [row for row in results["rows"] if row["length"] == ACCEPTANCE_LENGTH and row["value"]]
-    found = {row["case"].partition(".")[2]: row for row in rows}
+    found = rows_of(results, "train_step")
     lines = [
         f"| {say_tokens(ACCEPTANCE_LENGTH)} tokens, {results['timing']['a_step_is']} | a step | "
         "tokens/s | MFU | memory | computed again |",
         "|---|---|---|---|---|---|",
     ]
     for variant, label in SERVED.items():
-        if variant not in found:
+        row = found.get(variant, {}).get(ACCEPTANCE_LENGTH)
+        if row is None or not row["value"]:
             continue
-        row = found[variant]
         lines.append(
             f"| {label.replace('engine', 'path')} | {row['value']:.2f} s | "
             f"{row['tokens_per_second_per_gpu']:,.0f} | {row['mfu']:.0%} | "

@@ -17,7 +17,13 @@ from longgen.activations import LayerActivations, layer_activations
 from longgen.coefficients import COEFFICIENTS, Coefficients
 from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
-from longgen.training_setup import CHECKPOINTING, DEFAULT_SETUP, OFFLOADED, TrainingSetup
+from longgen.training_setup import (
+    CHECKPOINTING,
+    DEFAULT_SETUP,
+    KEPT_PRODUCTS,
+    OFFLOADED,
+    TrainingSetup,
+)
 
 # Of the loss: rows of logits in fp32 that exist at a time (longgen.hf.head).
 LOSS_CHUNK_BYTES = 512 << 20
@@ -210,7 +216,8 @@ def choose_checkpointing(
     setup: TrainingSetup,
     plan: LayerPlan | None,
     memory_bytes: int | None,
-    without: tuple[str, ...] = (),
+    *,
+    fp8: bool = False,
 ) -> TrainingSetup:
     """Return the setup with the checkpointing that was asked for.
 
@@ -224,11 +231,13 @@ def choose_checkpointing(
         setup: everything else.
         plan: which layers are full.
         memory_bytes: of the card; None is a CPU.
-        without: what "auto" is not to choose.
+        fp8: whether products are in fp8, of which no results can be kept.
     """
     if asked != "auto":
         return replace(setup, checkpointing=asked)
-    names = OFFLOADED if setup.offload else tuple(x for x in CHECKPOINTING if x not in without)
+    names: tuple[str, ...] = OFFLOADED if setup.offload else CHECKPOINTING
+    if fp8:
+        names = tuple(name for name in names if name not in KEPT_PRODUCTS)
     choices = [replace(setup, checkpointing=name) for name in names]
     for choice in choices:
         if memory_bytes is None:

@@ -18,7 +18,7 @@ from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
 from longgen.shapes import SHAPES
 from longgen.training_memory import choose_checkpointing, offloaded_bytes, training_memory
-from longgen.training_setup import CHECKPOINTING, KEPT_PRODUCTS, TrainingSetup
+from longgen.training_setup import CHECKPOINTING, TrainingSetup
 from tests.weighing import (
     AUTOCAST,
     PLAIN,
@@ -161,12 +161,12 @@ def test_what_is_computed_again_is_as_little_as_fits() -> None:
     def chosen(
         memory_bytes: int | None,
         asked: str = "auto",
-        without: tuple[str, ...] = (),
+        fp8: bool = False,
         **changes: bool,
     ) -> str:
         how = replace(setup, **changes)
         return choose_checkpointing(
-            asked, LLAMA, CONTEXT, how, PAPER, memory_bytes, without
+            asked, LLAMA, CONTEXT, how, PAPER, memory_bytes, fp8=fp8
         ).checkpointing
 
     need = {
@@ -179,7 +179,7 @@ def test_what_is_computed_again_is_as_little_as_fits() -> None:
     assert chosen(need["full"] - 1) == chosen(None) == "full"
     # Without checkpointing there is nothing to offload.
     assert chosen(need["off"], offload=True) == "selective"
-    assert chosen(need["elementwise"], without=KEPT_PRODUCTS) == "selective"
+    assert chosen(need["elementwise"], fp8=True) == "selective"
     assert chosen(0, offload=True) == "full"
 
 

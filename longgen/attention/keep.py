@@ -4,8 +4,8 @@ keys and values are recomputed.
 `torch.utils.checkpoint` runs a layer again in the backward pass. Under `keep_attention` that second
 run gets the output of the first instead of attending, and the kernel's own backward pass gets what
 the first run kept. It works at the boundary of `attention()`, so with every implementation,
-compiled ones too: nothing has to be known of their operators. Under `keep_products` matrix products
-run once as well (longgen/train/products.py).
+compiled ones too: nothing has to be known of their operators. With `products` matrix products run
+once as well (longgen/train/products.py).
 """
 
 from __future__ import annotations
@@ -74,11 +74,6 @@ def keep_attention(hold: Hold = _as_it_is, *, products: bool = False) -> tuple[W
     """
     layer = KeptLayer(hold)
     return Within(layer, False, products), Within(layer, True, products)
-
-
-def keep_products() -> tuple[Within, Within]:
-    """Return the contexts of a layer whose matrix products run once, as its attention does."""
-    return keep_attention(products=True)
 
 
 def within() -> Within | None:

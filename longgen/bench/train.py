@@ -30,7 +30,7 @@ from longgen.memory import clear
 from longgen.plan import LayerPlan
 from longgen.train.processes import Processes
 from longgen.training_memory import choose_checkpointing, training_memory
-from longgen.training_setup import KEPT_PRODUCTS, TrainingSetup
+from longgen.training_setup import TrainingSetup
 from longgen.training_time import training_time
 
 ResultRow = dict[str, Any]
@@ -74,9 +74,7 @@ class TrainBench:
         self._begin = time.monotonic()
         on_gpu = settings.device.type == "cuda"
         self.peak = peak_flops(card_name(settings.device)) if on_gpu else None
-        gpus = machine_gpus() if on_gpu else None
-        # Cards may differ, but what is exchanged must not.
-        self.memory_bytes = int(min(processes.each(gpus.gpu.memory_bytes))) if gpus else None
+        self.memory_bytes = processes.least_memory(machine_gpus() if on_gpu else None)
 
     def run(self) -> list[ResultRow]:
         """Measure everything and return the rows; what was measured before an interrupt is kept.
@@ -144,7 +142,7 @@ class TrainBench:
             replace(setup, accumulates=False),
             self._plan(name),
             self.memory_bytes,
-            without=KEPT_PRODUCTS if self.settings.fp8 else (),
+            fp8=self.settings.fp8,
         )
 
     def _obstacle(self, name: str, length: int) -> str | None:

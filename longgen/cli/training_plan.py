@@ -19,7 +19,7 @@ from longgen.plan import LayerPlan
 from longgen.shapes import ModelShape
 from longgen.train.config import PLAN_OPTIONS, ExtendConfig, default_batch_tokens, read_recipe
 from longgen.training_memory import choose_checkpointing, offloaded_bytes, training_memory
-from longgen.training_setup import CHECKPOINTING, KEPT_PRODUCTS, TrainingSetup, refuse_kept_products
+from longgen.training_setup import CHECKPOINTING, TrainingSetup, refuse_kept_products
 from longgen.training_time import TrainingTime, training_time
 
 _PANEL = "Training (with --train)"
@@ -276,9 +276,9 @@ def training_figures(
         )
     sequences = batch_tokens // context
     setup = replace(setup, accumulates=sequences > groups * batch)
-    without = KEPT_PRODUCTS if options.fp8 else ()
+    memory_bytes = gpus.gpu.memory_bytes
     setup = choose_checkpointing(
-        checkpointing, shape, context, setup, plan, gpus.gpu.memory_bytes, without
+        checkpointing, shape, context, setup, plan, memory_bytes, fp8=bool(options.fp8)
     )
     memory = training_memory(shape, context, setup, plan)
     step = training_time(shape, plan, context, gpus, setup, sequences)

@@ -50,7 +50,7 @@ from longgen.train.saving import newest_checkpoint
 from longgen.train.sharding import choose_sharding
 from longgen.train.trainer import Say
 from longgen.training_memory import choose_checkpointing, training_memory
-from longgen.training_setup import KEPT_PRODUCTS, TrainingSetup
+from longgen.training_setup import TrainingSetup
 
 
 def extend(config: ExtendConfig, *, resume: bool = False, say: Say = print) -> dict[str, Any]:
@@ -215,18 +215,14 @@ def _fit(
         is_bf16=gpus is not None,
         accumulates=config.sequences_per_step > processes.data_parallel,
     )
-    memory_bytes = None
-    if gpus is not None:
-        # Cards may differ, but what is exchanged must not.
-        memory_bytes = int(min(processes.each(gpus.gpu.memory_bytes)))
     setup = choose_checkpointing(
         config.gradient_checkpointing,
         shape,
         config.context,
         setup,
         plan,
-        memory_bytes,
-        without=KEPT_PRODUCTS if config.fp8 else (),
+        processes.least_memory(gpus),
+        fp8=config.fp8,
     )
     memory = training_memory(shape, config.context, setup, plan)
     if gpus is not None:

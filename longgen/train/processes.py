@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from longgen.errors import ReportedElsewhere, UsageError
+from longgen.gpus import GpuGroup
 from longgen.parallel import ContextGroup, make_mesh
 
 T = TypeVar("T")
@@ -124,6 +125,15 @@ class Processes:
         values = [0.0] * self.count
         values[self.rank] = value
         return self.sum(values)
+
+    def least_memory(self, gpus: GpuGroup | None) -> int | None:
+        """Return the bytes of the smallest card of all processes: cards may differ, but what is
+        exchanged must not. None without a GPU, as on all of them then.
+
+        Args:
+            gpus: this machine's.
+        """
+        return None if gpus is None else int(min(self.each(gpus.gpu.memory_bytes)))
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on some process."""

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from longgen.attention.keep import keep_attention, keep_products
+from longgen.attention.keep import keep_attention
 from longgen.train.products import keep_products_of
 
 # Smaller tensors are not worth a transfer of their own.
@@ -40,7 +40,7 @@ def set_recompute(
         options["context_fn"] = keep
     elif mode == "elementwise":
         keep_products_of(model)
-        options["context_fn"] = keep_products
+        options["context_fn"] = partial(keep_attention, products=True)
 
     def run(function: Callable[..., Any], *args: Any) -> Any:
         with _in_host_memory(hold) if offload else nullcontext():
