@@ -36,16 +36,16 @@ def say(line: str) -> None:
     print(f"[{time.perf_counter() - _BEGAN:4.0f} s] {line}", flush=True)
 
 
-def base_checkpoint(out: Path, chosen: DemoSettings) -> Path:
+def base_checkpoint(out: Path, original_context: int, source: Path | None = None) -> Path:
     """Return the base model's folder; on a CPU its config says a shorter context (see notes)."""
-    base = make_checkpoint(out / "original", None)
+    base = make_checkpoint(out / "original", source)
     fields = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if fields["max_position_embeddings"] == chosen.original_context:
+    if fields["max_position_embeddings"] == original_context:
         return base
-    short = out / f"original-{chosen.original_context}"
+    short = out / f"original-{original_context}"
     if not (short / "config.json").is_file():
         shutil.copytree(base, short, dirs_exist_ok=True)
-        fields["max_position_embeddings"] = chosen.original_context
+        fields["max_position_embeddings"] = original_context
         (short / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
     return short
 
@@ -170,7 +170,7 @@ def run(out: Path) -> Path:
     chosen = settings()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say(f"on {card_name(device)}; everything goes to {out}")
-    base = base_checkpoint(out, chosen)
+    base = base_checkpoint(out, chosen.original_context)
     record = extended(base, out / "hybrid", chosen, "middle")
     heldout = np.load(training_folder(out / "hybrid") / HELDOUT)
     rows = []

@@ -26,7 +26,7 @@ def run(out: Path) -> Path:
     """Train and evaluate the twins; returns the page that compares all models."""
     chosen = settings()
     rows = [row for row in demo_rows(out) if row["case"].startswith(("needle.", "loss."))]
-    base = base_checkpoint(out, chosen)
+    base = base_checkpoint(out, chosen.original_context)
     trainings: dict[str, Any] = {}
     for variant, full_layers in TWINS.items():
         record = extended(base, out / variant, chosen, full_layers)

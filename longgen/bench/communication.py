@@ -25,7 +25,7 @@ def profile_communication(run: Callable[[], Any]) -> Communication:
     """Run a step on this process's GPU under PyTorch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         run()
         torch.cuda.synchronize()
     on_device = torch.autograd.DeviceType.CUDA

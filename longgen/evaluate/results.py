@@ -220,8 +220,10 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 
 def say_tokens(count: float) -> str:
-    """Write a length as people do: 4096 is 4K, 131072 is 128K, 1000 is 1,000."""
+    """Write a length as people do: 4096 is 4K, 131072 is 128K, 1048576 is 1M, 1000 is 1,000."""
     whole = int(count)
+    if whole >= 1024**2 and whole % 1024**2 == 0:
+        return f"{whole // 1024**2}M"
     return f"{whole // 1024}K" if whole >= 1024 and whole % 1024 == 0 else f"{whole:,}"
 
 

@@ -81,10 +81,10 @@ def test_tables_say_who_is_how_much_faster() -> None:
     assert lines[0] == ["128K", "hybrid", "24.7 GiB", "24.7 GiB", "61.4%", "2.00 GiB", "4"]
     assert lines[1] == ["", "full", "64.0 GiB", "64.0 GiB", "", "2.00 GiB", "4"]
     # Where full does not fit there is nothing to hold less than.
-    assert lines[3] == ["1024K", "hybrid", "198 GiB", "198 GiB", "", "2.00 GiB", "4"]
+    assert lines[3] == ["1M", "hybrid", "198 GiB", "198 GiB", "", "2.00 GiB", "4"]
     failed = summary.failures(given)
-    assert "prefill.full, 1024K: It does not fit." in failed
-    assert "decode.full, 1024K, 4 sequences: It does not fit." in failed
+    assert "prefill.full, 1M: It does not fit." in failed
+    assert "decode.full, 1M, 4 sequences: It does not fit." in failed
     (line,) = [x for x in summary.throughput_lines(given) if x.endswith("full.")]
     assert "1.96 times" in line
 

@@ -187,8 +187,8 @@ def test_wilson_ends_solve_the_score_test(counts: tuple[int, int]) -> None:
 
 
 def test_words_for_sizes() -> None:
-    assert [say_tokens(n) for n in (512, 1000, 1024, 4096, 5000, 131072)] == [
-        "512", "1,000", "1K", "4K", "5,000", "128K",
+    assert [say_tokens(n) for n in (512, 1000, 1024, 4096, 5000, 131072, 3 << 19, 2**20)] == [
+        "512", "1,000", "1K", "4K", "5,000", "128K", "1536K", "1M",
     ]  # fmt: skip
     sizes = (0, 1023, 1536, 2**20 - 1, 2**20, 45 * 2**20 + 2**19, 900 * 2**20, 64 * 2**30, 2**41)
     assert [say_bytes(n) for n in sizes] == [

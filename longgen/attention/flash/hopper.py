@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +40,9 @@ from longgen.attention.flash.lists import (
 )
 from longgen.attention.flash.plan import TILE_K, Mask
 from longgen.errors import UsageError
+
+# CUTLASS says so of an argument of flash-attn-4's own calls, once for each kernel it compiles.
+warnings.filterwarnings("ignore", message="Argument aux_data .*cannot be converted")
 
 # Read when the package is imported: compiled kernels are kept across processes.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
