@@ -41,6 +41,7 @@ Results = Mapping[str, Any]
 LABELS = {
     "original": "original model (8K)",
     "hybrid": "**hybrid**, 10 of 30 layers full",
+    "hybrid_fp8": "**hybrid**, keys and values in 8 bits",
     "full": "twin, all layers full",
     "sparse": "twin, all layers sparse",
 }
@@ -394,6 +395,7 @@ def recipes() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "needle": lambda: needle("twins"),
+    "needle_128k": lambda: needle("twins-128k-230-steps"),
     "kv": lambda: costs("demo"),
     "attention": lambda: attention("attention"),
     "attention_lengths": lambda: attention_lengths(
@@ -404,9 +406,12 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "inference": lambda: inference("inference"),
     "inference_gqa": lambda: inference("inference-gqa"),
     "inference_qwen3": lambda: inference("inference-qwen3"),
+    "inference_1m": lambda: inference("inference-1m"),
+    "inference_70b": lambda: inference("inference-70b"),
     "attention_small": lambda: attention("attention-small"),
     "training": lambda: training("train"),
     "train": lambda: train("train"),
+    "train_2gpus": lambda: train("train-2gpus"),
     "train_whole": lambda: train("train-whole"),
     "recipes": recipes,
 }
