@@ -41,9 +41,6 @@ from longgen.attention.flash.lists import (
 from longgen.attention.flash.plan import TILE_K, Mask
 from longgen.errors import UsageError
 
-# CUTLASS says so of an argument of flash-attn-4's own calls, once for each kernel it compiles.
-warnings.filterwarnings("ignore", message="Argument aux_data .*cannot be converted")
-
 # Read when the package is imported: compiled kernels are kept across processes.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 os.environ.setdefault(
@@ -71,6 +68,9 @@ from flash_attn.cute.tile_scheduler import SingleTileScheduler, StaticPersistent
 from flash_attn.cute.utils import AuxData, scalar_to_ssa, ssa_to_scalar
 from quack import layout_utils
 from quack.compile_utils import make_fake_tensor
+
+# CUTLASS says so of an argument of flash-attn-4's own calls, once for each kernel it compiles.
+warnings.filterwarnings("ignore", message="Argument aux_data .*cannot be converted")
 
 ARCH = 90
 _TYPES = {torch.float16: cutlass.Float16, torch.bfloat16: cutlass.BFloat16}
