@@ -177,7 +177,7 @@ def _run(
     from longgen.data.corpus import INFO_FILE
     from longgen.data.shards import open_tokens
     from longgen.data.sources import find_inputs
-    from longgen.data.tokenize import TokenizeSettings, read_plan, tokenize
+    from longgen.data.tokenize import TokenizeSettings, read_plan, share_tokens, tokenize
 
     quiet_libraries()
     say = progress_lines()
@@ -187,13 +187,19 @@ def _run(
             # Not when the sources before it have taken their hours.
             settings = TokenizeSettings(**fields)
             find_inputs(settings.to_dict()["data"], join_folders=settings.join_folders)
+    made: list[tuple[dict[str, Any], str]] = []
     for folder, fields in jobs:
         plan = read_plan(folder)
         finished = (Path(folder) / INFO_FILE).is_file()
+        same = [place for settings, place in made if settings == fields]
         if several and resume and finished:
             _check_finished(folder, TokenizeSettings(**fields).to_dict())
             corpus: Any = open_tokens(folder)
             say(f"{folder}: tokenized already")
+        elif same and plan is None and not finished:
+            share_tokens(same[0], folder)
+            corpus = open_tokens(folder)
+            say(f"{folder}: the tokens of {same[0]}, whose text it shares")
         else:
             if "data" not in fields:
                 earlier = plan["settings"] if plan else {"model": "", "data": ()}
@@ -207,6 +213,7 @@ def _run(
                 resume=resume and (plan is not None or not several),
                 say=say,
             )
+        made.append((fields, folder))
         info = corpus.info
         skipped = info["sources"]["skipped"]
         say(

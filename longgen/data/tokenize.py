@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -66,6 +67,30 @@ class TokenizeSettings:
         """Return plain values for JSON, with paths that hold in any working folder."""
         data = [os.path.abspath(os.path.expanduser(path)) for path in self.data]
         return {**asdict(self), "model": os.path.abspath(self.model), "data": data}
+
+
+def share_tokens(made: str | Path, out: str | Path) -> None:
+    """Give the finished tokens in `made` a second folder, which takes no room where the file system
+    has hard links. It appears whole or not at all.
+
+    Raises:
+        UsageError: `out` holds something.
+    """
+    check_output(out)
+    folder = Path(out)
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(made, draft, copy_function=_link)
+    if folder.is_dir():
+        folder.rmdir()  # empty, as was checked
+    draft.rename(folder)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without them
+        shutil.copy2(source, target)
 
 
 def read_plan(out: str | Path) -> dict[str, Any] | None:

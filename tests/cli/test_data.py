@@ -161,6 +161,59 @@ def test_one_folder_is_resumed_from_itself_alone(
     assert finished.code == 2 and "to its end already" in finished.err
 
 
+def test_the_same_text_is_tokenized_once(
+    run: Run,
+    recipe: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two sources of one text differ in how they are packed; what is made is as if made twice."""
+    text = recipe.read_text()
+    begin = text.index("        [sources.long]")
+    short = text[begin : text.index("        [sources.short]")].replace(
+        "sources.long", "sources.cut"
+    )
+    recipe.write_text(text + "\n" + short.replace("min-length = 128", "max_length = 64"))
+    made: list[str] = []
+    whole = job.tokenize
+
+    def counted(settings: Any, out: str, **options: Any) -> Any:
+        made.append(Path(out).name)
+        return whole(settings, out, **options)
+
+    monkeypatch.setattr(job, "tokenize", counted)
+    tokens = tmp_path / "t"
+    result = run("tokenize", tiny_checkpoint, "--recipe", recipe, "--out", tokens)
+    assert result.code == 0, result.err
+    assert made == ["long", "short"]
+    assert f"{tokens}/cut: the tokens of {tokens}/long" in result.out + result.err
+    names = [sorted(p.name for p in (tokens / one).iterdir()) for one in ("long", "cut")]
+    assert names[0] == names[1] and len(names[0]) > 2
+    for name in names[0]:
+        assert (tokens / "cut" / name).read_bytes() == (tokens / "long" / name).read_bytes()
+    packed = tmp_path / "p"
+    result = run("pack", "--recipe", recipe, "--tokens-in", tokens, "--out", packed, "--no-plot")
+    assert result.code == 0, result.err
+    # Gone on with, both are there; and one that is gone comes from the other again.
+    for _ in range(2):
+        result = run("tokenize", tiny_checkpoint, "--recipe", recipe, "--out", tokens, "--resume")
+        assert result.code == 0, result.err
+        assert made == ["long", "short"]
+        assert (tokens / "cut/corpus.json").is_file()
+        for path in (tokens / "cut").iterdir():
+            path.unlink()
+    # An unfinished copy is no obstacle; a file system without links copies.
+    (tokens / ".cut.partial").mkdir(exist_ok=True)
+    (tokens / ".cut.partial/x").touch()
+    monkeypatch.setattr(job.os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    result = run("tokenize", tiny_checkpoint, "--recipe", recipe, "--out", tokens, "--resume")
+    assert result.code == 0, result.err
+    assert sorted(p.name for p in (tokens / "cut").iterdir()) == names[0]
+    assert not (tokens / ".cut.partial").exists()
+    assert (tokens / "cut" / names[0][0]).stat().st_nlink == 1
+
+
 def test_options_are_the_default_of_a_recipes_sources(
     run: Run, recipe: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
