@@ -44,9 +44,12 @@ def base_checkpoint(out: Path, original_context: int, source: Path | None = None
         return base
     short = out / f"original-{original_context}"
     if not (short / "config.json").is_file():
-        shutil.copytree(base, short, dirs_exist_ok=True)
+        draft = out / f".{short.name}.partial"
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(base, draft)
         fields["max_position_embeddings"] = original_context
-        (short / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
+        (draft / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
+        draft.rename(short)
     return short
 
 

