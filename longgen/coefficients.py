@@ -71,8 +71,11 @@ class Coefficients:
     layer_traffic: float = 24.0
     mlp_traffic: float = 8.0
 
-    # Assumed, not measured. NVLink of Hopper has 450 GB/s each way, a 400 Gbit/s adapter 50.
-    host_link: float = 300e9
+    # Two H200s of one host, benchmarks/results/2026-11-28_nvidia-h200_train-2gpus.json: 17.7 GB a
+    # GPU and step took 0.134 s, waiting for each other included (NVLink has 450 GB/s each way);
+    # 0.080 s had nothing beside them, where these give 0.093.
+    host_link: float = 130e9
+    # Assumed, not measured. A 400 Gbit/s adapter has 50 GB/s.
     network_link: float = 40e9
     gpus_per_host: int = 8
     exposed_shards: float = 0.25
