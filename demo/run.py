@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +190,18 @@ def run(out: Path) -> Path:
 
 
 def main(work: Any = run) -> int:
-    """Run from the command line; exit status 2 for what the user can put right."""
+    """Run from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for everything made")
     out = parser.parse_args().out
+    return status_of(lambda: work(out))
+
+
+def status_of(work: Callable[[], object]) -> int:
+    """Do the work of a command; return its exit status, 2 for what the user can put right."""
     try:
-        work(out)
-    except UsageError as error:
+        work()
+    except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

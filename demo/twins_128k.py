@@ -27,10 +27,10 @@ from transformers import PreTrainedTokenizerBase
 
 from demo.checkpoint import ROOT
 from demo.commands import LOCK, held, run, run_queues
-from demo.run import base_checkpoint, say
+from demo.run import base_checkpoint, say, status_of
 from demo.settings import SEED
 from longgen.checkpoint import CONFIG, RECORD, check_output, load_tokenizer, write_json
-from longgen.errors import UsageError
+from longgen.errors import UsageError, what_changed
 from longgen.evaluate.plots import plot_loss, plot_needle
 from longgen.evaluate.report import Picture, Section, Table, comparison_table, write_report
 from longgen.evaluate.results import read_results, write_results
@@ -122,12 +122,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
             check_output(out)
         write_json(path, settings)
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    changed = [
-        f"{name} was {earlier.get(name)} and is now {value}"
-        for name, value in settings.items()
-        if earlier.get(name) != value
-    ]
+    changed = what_changed(json.loads(path.read_text(encoding="utf-8")), settings)
     if changed:
         raise UsageError(
             f"{out} was begun with other settings ({'; '.join(changed)}). Give another --out, or "
@@ -343,7 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Also where it was started with SIGINT ignored, and for those who end it in other ways.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    try:
+
+    def work() -> None:
         gpus = torch.cuda.device_count()
         if not gpus and not given.quick:
             raise UsageError(
@@ -355,13 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         with held(out) as lock:
             make(given, out, gpus, lock)
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+
+    return status_of(work)
 
 
 def make(given: argparse.Namespace, out: Path, gpus: int, lock: int) -> None:

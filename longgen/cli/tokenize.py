@@ -14,7 +14,7 @@ from longgen.cli.console import format_count, print_json
 from longgen.cli.models import progress_lines, quiet_libraries
 from longgen.cli.options import JsonOption
 from longgen.cli.sources import read_data_recipe
-from longgen.errors import UsageError
+from longgen.errors import UsageError, what_changed
 
 _TEXT_OPTIONS = ("join_folders", "text_field", "strict")
 
@@ -233,12 +233,7 @@ def _run(
 def _check_finished(folder: str, settings: dict[str, Any]) -> None:
     """Refuse to take tokens that were made with other settings for finished work."""
     info = json_module.loads((Path(folder) / "corpus.json").read_text(encoding="utf-8"))
-    earlier = info.get("settings", {})
-    changed = [
-        f"{name} was {earlier.get(name)!r} and is now {value!r}"
-        for name, value in settings.items()
-        if earlier.get(name) != value
-    ]
+    changed = what_changed(info.get("settings", {}), settings)
     if changed:
         raise UsageError(
             f"{folder} was tokenized with other settings ({'; '.join(changed)}). Remove it to "

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from longgen.errors import UsageError
+from longgen.errors import UsageError, what_changed
 from longgen.training_setup import CHECKPOINTING, OFFLOADED, SHARDINGS, refuse_kept_products
 
 SWITCH = ("auto", "on", "off")
@@ -192,11 +192,9 @@ class ExtendConfig:
             "sharding",
         }
         mine, earlier = self.to_run(), _in_any_folder(earlier)
-        return [
-            f"{name} was {earlier.get(name)!r} and is now {value!r}"
-            for name, value in mine.items()
-            if name not in free and earlier.get(name) != value
-        ]
+        return what_changed(
+            earlier, {name: value for name, value in mine.items() if name not in free}
+        )
 
 
 def _in_any_folder(settings: dict[str, Any]) -> dict[str, Any]:

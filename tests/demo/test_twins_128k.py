@@ -219,7 +219,7 @@ def test_a_folder_is_one_runs(tmp_path: Path) -> None:
         claim(out, settings_of(other, FULL))
     (tmp_path / "more").mkdir()
     other = given_at(tmp_path, books=tmp_path / "more")
-    with pytest.raises(UsageError, match=r"books was .*books and is now .*more"):
+    with pytest.raises(UsageError, match=r"books was .*books' and is now .*more"):
         claim(out, settings_of(other, QUICK))
     foreign = tmp_path / "foreign"
     (foreign / "packed").mkdir(parents=True)
