@@ -98,6 +98,12 @@ def evaluated(
     return rows
 
 
+def settings_anywhere(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's settings but for the places of this machine."""
+    places = ("model", "out", "data")
+    return {name: value for name, value in record["config"].items() if name not in places}
+
+
 def report(
     out: Path, chosen: DemoSettings, record: dict[str, Any], rows: list[dict[str, Any]]
 ) -> Path:
@@ -180,9 +186,7 @@ def run(out: Path) -> Path:
     rows = []
     for variant, path in (("original", base), ("hybrid", out / "hybrid")):
         rows += evaluated(path, variant, out / "evaluation", heldout, chosen)
-    places = ("model", "out", "data")
-    config = {name: value for name, value in record["config"].items() if name not in places}
-    extra = {"training": {"hybrid": record["training"]}, "config": config}
+    extra = {"training": {"hybrid": record["training"]}, "config": settings_anywhere(record)}
     write_results(out / "results.json", "demo", rows, command="make demo", seed=SEED, extra=extra)
     page = report(out, chosen, record, rows)
     say(f"done: {page}")

@@ -27,14 +27,15 @@ from transformers import PreTrainedTokenizerBase
 
 from demo.checkpoint import ROOT
 from demo.commands import LOCK, held, run, run_queues
-from demo.run import base_checkpoint, say, status_of
+from demo.run import base_checkpoint, say, settings_anywhere, status_of
 from demo.settings import SEED
 from longgen.checkpoint import CONFIG, RECORD, check_output, load_tokenizer, write_json
 from longgen.errors import UsageError, what_changed
 from longgen.evaluate.plots import plot_loss, plot_needle
+from longgen.evaluate.positions import LOSS_WINDOWS
 from longgen.evaluate.report import Picture, Section, Table, comparison_table, write_report
 from longgen.evaluate.results import read_results, write_results
-from longgen.evaluate.run import LOSS_WINDOWS
+from longgen.evaluate.text import plain_ids
 from longgen.train.folder import read_run
 
 RECIPES = ROOT / "recipes"
@@ -51,7 +52,6 @@ FOLDERS = {
 }
 SETTINGS = "settings.json"
 _TRIES = 64
-PLACES = ("model", "out", "data")
 EVALUATIONS = {"hybrid": ("needle", "loss", "needle_fp8", "loss_fp8"), "full": ("needle", "loss")}
 
 
@@ -117,8 +117,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
     """
     path = out / SETTINGS
     if not path.is_file():
-        held_there = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
-        if held_there - {LOCK}:
+        if any(entry.name != LOCK for entry in out.iterdir()):
             check_output(out)
         write_json(path, settings)
         return
@@ -196,19 +195,14 @@ def cut_pieces(folder: Path, tokenizer: PreTrainedTokenizerBase, length: int, ou
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
 
-    def ids_of(text: str) -> list[int]:
-        options: Any = {"add_special_tokens": False, "split_special_tokens": True}
-        found: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
-        return found
-
     count = 0
     for path in sorted(path for path in folder.rglob("*.txt") if path.is_file()):
-        ids = ids_of(path.read_text(encoding="utf-8", errors="replace"))
+        ids = plain_ids(path.read_text(encoding="utf-8", errors="replace"), tokenizer)
         start = 0
         while start + length <= len(ids) and count < LOSS_WINDOWS:
             for begin in range(start, min(start + _TRIES, len(ids) - length + 1)):
                 text = str(tokenizer.decode(ids[begin : begin + length]))
-                if len(ids_of(text)) == length:
+                if len(plain_ids(text, tokenizer)) == length:
                     name = f"{count}-{path.stem}-{begin}.txt"
                     (draft / name).write_text(text, encoding="utf-8")
                     count += 1
@@ -255,7 +249,7 @@ def collect(out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         trainings[variant] = {
             **record["training"],
             "card": record["card"],
-            "config": {k: v for k, v in record["config"].items() if k not in PLACES},
+            "config": settings_anywhere(record),
             "rope_theta": record["rope_theta"],
             "sets": [
                 {k: one[k] for k in ("name", "weight", "sequences", "rows", "packed_tokens")}

@@ -135,7 +135,8 @@ def evaluate(
 
     import numpy as np
 
-    from longgen.evaluate.run import default_lengths, evaluate_model, tokenize_text, usable_text
+    from longgen.evaluate.run import default_lengths, evaluate_model, usable_text
+    from longgen.evaluate.text import tokenize_text
 
     chosen = chosen or default_lengths(shape.max_position_embeddings)
     place = find_device(device)

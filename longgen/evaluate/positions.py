@@ -17,6 +17,9 @@ from longgen.evaluate.asking import STEP_TOKENS, evaluating
 from longgen.evaluate.needle import Tokens
 from longgen.runtime import ENGINE, TRANSFORMERS, runtime_of
 
+# Unless asked otherwise.
+LOSS_WINDOWS = 8
+LOSS_BUCKETS = 16
 # Logits alive at once: 128 MiB in float32, whatever the vocabulary.
 LOGITS_PER_CHUNK = 2**25
 
@@ -69,13 +72,20 @@ class PositionLoss:
         ]
 
 
+def window_starts(num_tokens: int, span: int, context: int, num_windows: int) -> list[int]:
+    """Return where windows begin that lie evenly over a text of at least `span` tokens: at most
+    `num_windows`, `context` tokens or more apart, of which each touches `span`."""
+    windows = min(num_windows, 1 + (num_tokens - span) // context)
+    return [i * (num_tokens - span) // max(1, windows - 1) for i in range(windows)]
+
+
 def loss_by_position(
     model: PreTrainedModel,
     tokens: Tokens,
     context: int,
     *,
-    num_windows: int = 8,
-    num_buckets: int = 16,
+    num_windows: int = LOSS_WINDOWS,
+    num_buckets: int = LOSS_BUCKETS,
     bos_token_id: int | None = None,
     kv_dtype: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -128,8 +138,8 @@ def loss_by_position(
             f"The held-out text has {len(text):,} tokens, and loss by position over a context of"
             f" {context:,} needs at least {span:,}; give more text or ask for a shorter context."
         )
-    windows = min(num_windows, 1 + (len(text) - span) // context)
-    starts = [i * (len(text) - span) // max(1, windows - 1) for i in range(windows)]
+    starts = window_starts(len(text), span, context, num_windows)
+    windows = len(starts)
     edges = [context * i // num_buckets for i in range(num_buckets + 1)]
     read: Callable[[torch.Tensor], Iterator[torch.Tensor]]
     read = _EngineReader(model, context, kv_dtype) if runtime == ENGINE else _reader(model)

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longgen.data.sources import read_documents
 from longgen.errors import UsageError
 from longgen.evaluate.asking import run_needle
 from longgen.evaluate.cost import Cost, measure_cost
 from longgen.evaluate.kv_dtypes import say_difference, write_comparison
 from longgen.evaluate.needle import NeedleCell, NeedleResult, NeedleTask, Tokens
 from longgen.evaluate.plots import plot_decode_time, plot_kv_bytes, plot_loss, plot_needle
-from longgen.evaluate.positions import loss_by_position
+from longgen.evaluate.positions import LOSS_BUCKETS, LOSS_WINDOWS, loss_by_position
 from longgen.evaluate.report import Picture
 from longgen.evaluate.results import say_bytes, say_tokens
 from longgen.evaluate.saved import Rows, SavedResults
@@ -28,11 +27,6 @@ from longgen.hf import is_hybrid
 from longgen.runtime import ENGINE, runtime_of
 
 METRICS = ("needle", "loss", "cost")
-# Windows of the longest length that given text is read for; more would only take time.
-MOST_WINDOWS = 16
-# Of the loss by position, unless asked otherwise.
-LOSS_WINDOWS = 8
-LOSS_BUCKETS = 16
 DECODE_STEPS = 32
 REPEATS = 3
 PREFILL_CHUNK = 8192
@@ -222,30 +216,6 @@ def usable_text(
             f"{longest + 1:,}. Give more text, ask for shorter lengths, or leave the loss out."
         )
     return text, longest
-
-
-def tokenize_text(
-    paths: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, longest: int
-) -> np.ndarray:
-    """Read files, folders and globs, as training does, into token ids [tokens].
-
-    Reading stops after enough tokens for `MOST_WINDOWS` windows of `longest` tokens.
-
-    Raises:
-        UsageError: as `read_documents`.
-    """
-    ids: list[int] = []
-    for document in read_documents(paths):
-        ids += tokenizer(
-            document.text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,  # no warning that the text is longer than the model's context
-        )["input_ids"]
-        if len(ids) > MOST_WINDOWS * longest:
-            break
-    return np.asarray(ids)
 
 
 def _needle(

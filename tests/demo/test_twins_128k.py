@@ -24,8 +24,9 @@ from demo.twins_128k import (
 )
 from longgen.cli.sources import read_data_recipe
 from longgen.errors import UsageError
+from longgen.evaluate.positions import LOSS_WINDOWS, window_starts
 from longgen.evaluate.results import write_results
-from longgen.evaluate.run import tokenize_text
+from longgen.evaluate.text import tokenize_text
 from longgen.train.config import read_recipe
 
 
@@ -83,7 +84,7 @@ def test_a_piece_begins_where_its_text_keeps_its_tokens(
 
 
 def test_there_are_as_many_pieces_as_windows(
-    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """More would make windows begin within them; texts of one name are all there."""
     for folder in ("x", "y"):
@@ -94,11 +95,7 @@ def test_there_are_as_many_pieces_as_windows(
     texts = [path.read_text() for path in sorted((tmp_path / "out").iterdir())]
     assert texts == [letter * 50 for letter in "xyzzzzzz"]
     ids = tokenize_text([tmp_path / "out"], tiny_tokenizer, 49)
-    # The windows' starts as `loss_by_position` has them.
-    windows = min(8, 1 + (len(ids) - 50) // 49)
-    assert [i * (len(ids) - 50) // max(1, windows - 1) for i in range(windows)] == [
-        50 * i for i in range(8)
-    ]
+    assert window_starts(len(ids), 50, 49, LOSS_WINDOWS) == [50 * i for i in range(8)]
 
 
 def test_text_too_short_for_a_piece_is_refused(
@@ -193,7 +190,7 @@ def test_results_and_the_page_are_of_both(tmp_path: Path) -> None:
     assert "folder" not in trainings["full"]["sets"][0]
     page = twins_128k.write_page(tmp_path, rows, trainings, QUICK, "command")
     text = page.read_text(encoding="utf-8")
-    # Of all steps, though 12 s are those since the run was gone on with.
+    # Of all steps, though 5 s are those since the run was gone on with.
     assert '<td>the hybrid</td><td class="r">12 s</td><td class="r">128</td>' in text
     assert '<td class="r">2.00 s</td>' in text
     saved = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))

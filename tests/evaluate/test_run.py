@@ -15,11 +15,11 @@ from longgen.evaluate.results import read_results
 from longgen.evaluate.run import (
     default_lengths,
     evaluate_model,
-    tokenize_text,
     usable_text,
     variant_of,
 )
 from longgen.evaluate.saved import fingerprint
+from longgen.evaluate.text import tokenize_text
 from longgen.hf import LongGenLlamaConfig
 from longgen.pattern import SparsePattern
 
