@@ -5,6 +5,7 @@ from longgen.evaluate.cost import Cost, measure_cost
 from longgen.evaluate.needle import (
     NeedleCell,
     NeedleExample,
+    NeedleMiss,
     NeedleResult,
     NeedleTask,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Cost",
     "NeedleCell",
     "NeedleExample",
+    "NeedleMiss",
     "NeedleResult",
     "NeedleTask",
     "Picture",

@@ -1,7 +1,8 @@
-"""Put the questions of a needle grid to a model: which does it answer with the expected tokens?
+"""Put the questions of a needle grid to a model: which does it answer with the expected tokens, and
+what does it write in place of the others?
 
 The engine writes the answers of a hybrid, many at once. Other models are judged by one forward pass
-over prompt and answer, which comes to the same.
+over prompt and answer, which finds the same ones right.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longgen.engine import Engine, SamplingParams
 from longgen.errors import UsageError
-from longgen.evaluate.needle import NeedleCell, NeedleExample, NeedleResult, NeedleTask, Tokens
+from longgen.evaluate.needle import (
+    NeedleCell,
+    NeedleExample,
+    NeedleMiss,
+    NeedleResult,
+    NeedleTask,
+    Tokens,
+)
 from longgen.memory import clear, free_bytes
 from longgen.runtime import ENGINE, runtime_of
 
@@ -113,6 +121,26 @@ class _Questions:
         for sample in range(self.task.samples):
             yield self.task.build(self.tokenizer, self.haystack, self.length, depth, sample)
 
+    def miss(
+        self, sample: int, example: NeedleExample, written: tuple[int, ...]
+    ) -> NeedleMiss | None:
+        """Say what was written in place of a question's answer; None if it is the answer."""
+        if written == example.answer_ids:
+            return None
+        # Some tokenizers drop the space that a text begins with; here a token stands before it.
+        before = example.input_ids[-example.answer_size - 1]
+        answer = self._text(before, *written).removeprefix(self._text(before))
+        return NeedleMiss(sample=sample, city=example.city, expected=example.number, answer=answer)
+
+    def cell(self, depth: float, outcomes: Sequence[NeedleMiss | None]) -> NeedleCell:
+        """Give the cell of a depth from what `miss` says of its samples, in their order."""
+        hits = tuple(miss is None for miss in outcomes)
+        return NeedleCell(self.length, depth, hits, tuple(filter(None, outcomes)))
+
+    def _text(self, *ids: int) -> str:
+        # Tidying would hide which tokens they are: " ." would read ".".
+        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
 
 def _ask_transformers(
     model: PreTrainedModel,
@@ -122,10 +150,11 @@ def _ask_transformers(
 ) -> None:
     for depth in questions.depths:
         cell = questions.at(depth)
-        hits: list[bool] = []
+        outcomes: list[NeedleMiss | None] = []
         while batch := list(islice(cell, batch_size or 1)):
-            hits += score_examples(model, batch)
-        on_cell(NeedleCell(questions.length, depth, tuple(hits)))
+            for example, guess in zip(batch, guess_answers(model, batch), strict=True):
+                outcomes.append(questions.miss(len(outcomes), example, guess))
+        on_cell(questions.cell(depth, outcomes))
 
 
 def _ask_engine(
@@ -137,34 +166,43 @@ def _ask_engine(
     kv_dtype: str | None,
 ) -> None:
     samples = questions.task.samples
-    hits: list[dict[int, bool]] = [{} for _ in questions.depths]
+    outcomes: list[dict[int, NeedleMiss | None]] = [{} for _ in questions.depths]
 
-    def on_answer(number: int, is_right: bool) -> None:
+    def on_answer(number: int, example: NeedleExample, written: tuple[int, ...]) -> None:
         place, sample = divmod(number, samples)
-        hits[place][sample] = is_right
-        if len(hits[place]) == samples:
-            right = tuple(hits[place][s] for s in range(samples))
-            on_cell(NeedleCell(questions.length, questions.depths[place], right))
+        outcomes[place][sample] = questions.miss(sample, example, written)
+        if len(outcomes[place]) == samples:
+            in_order = [outcomes[place][s] for s in range(samples)]
+            on_cell(questions.cell(questions.depths[place], in_order))
 
     examples = chain.from_iterable(map(questions.at, questions.depths))
     most = samples * len(questions.depths)
     answer_examples(model, examples, on_answer, batch_size, most=most, kv_dtype=kv_dtype)
 
 
-def score_examples(model: PreTrainedModel, examples: Sequence[NeedleExample]) -> list[bool]:
-    """Say for each example whether the model answers with exactly the expected tokens.
+def guess_answers(
+    model: PreTrainedModel, examples: Sequence[NeedleExample]
+) -> list[tuple[int, ...]]:
+    """Give for each example the most likely token at every place of its answer.
 
-    One forward pass over prompt and answer decides it. If the most likely token at every answer
-    position, given the true answer so far, is the answer's token, then greedy decoding writes those
-    same tokens one after the other; if greedy decoding writes them, each was the most likely one
-    given the true answer so far. So this equals comparing the tokens of
+    They come from one forward pass over prompt and answer, each given the true answer so far. If
+    they are the answer's tokens, then greedy decoding writes those same tokens one after the other;
+    if greedy decoding writes the answer's tokens, each was the most likely one given the true
+    answer so far. So comparing them with the answer equals comparing the tokens of
     `generate(do_sample=False)`, up to rounding between a cached and an uncached forward, at a
     fraction of the cost. A model that writes the digits with other tokens than its tokenizer would
-    counts as wrong.
+    counts as wrong. Up to the first wrong token they are also what greedy decoding writes, but not
+    after it: there they still follow the true answer.
 
     Args:
         model: a causal language model.
         examples: examples of one length; their answers may differ in tokens.
+
+    Returns:
+        as many tokens for each example as its answer has.
+
+    Raises:
+        UsageError: the device runs out of memory.
     """
     ids = torch.tensor([example.input_ids for example in examples], device=model.device)
     keep = max(example.answer_size for example in examples) + 1
@@ -175,7 +213,7 @@ def score_examples(model: PreTrainedModel, examples: Sequence[NeedleExample]) ->
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(model, *ids.shape) from error
     return [
-        tuple(guess[-example.answer_size :].tolist()) == example.answer_ids
+        tuple(guess[-example.answer_size :].tolist())
         for guess, example in zip(guesses, examples, strict=True)
     ]
 
@@ -183,13 +221,13 @@ def score_examples(model: PreTrainedModel, examples: Sequence[NeedleExample]) ->
 def answer_examples(
     model: PreTrainedModel,
     examples: Iterator[NeedleExample],
-    on_answer: Callable[[int, bool], None],
+    on_answer: Callable[[int, NeedleExample, tuple[int, ...]], None],
     batch_size: int | None = None,
     *,
     most: int,
     kv_dtype: str | None = None,
 ) -> None:
-    """Have the engine write the answers of a hybrid, and say of each whether it is right.
+    """Have the engine write the answers of a hybrid, and hand over each with its question.
 
     Questions come and go by continuous batching, the likeliest token every time; no more of them
     are built than run at once.
@@ -197,11 +235,15 @@ def answer_examples(
     Args:
         model: a hybrid; the examples may go beyond its context.
         examples: of one length, at least one.
-        on_answer: called with an example's number, counted from 0, and whether it was right. The
-            first to be asked are the first to be answered, or nearly so.
+        on_answer: called with an example's number, counted from 0, the example, and the tokens
+            written, as many as its answer has. The first to be asked are the first to be answered,
+            or nearly so.
         batch_size: sequences that run at once; None is as many as are of use and fit.
         most: how many examples there are.
         kv_dtype: of keys and values, as `Engine` takes it.
+
+    Raises:
+        UsageError: the device runs out of memory, or the engine cannot answer a question.
     """
     first = next(examples)
     length = len(first.input_ids)
@@ -228,7 +270,7 @@ def answer_examples(
                     )
                 if out.finish_reason is not None:
                     del asked[out.id]
-                    on_answer(number, tuple(written) == example.answer_ids)
+                    on_answer(number, example, tuple(written))
 
 
 def _engine(

@@ -8,14 +8,14 @@ same ones and a cell gives the same answer whichever other cells run.
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from longgen.errors import UsageError
-from longgen.evaluate.results import Rows, wilson_interval
+from longgen.evaluate.results import Row, Rows, wilson_interval
 from longgen.runtime import TRANSFORMERS
 
 MIN_DEPTHS = 10
@@ -67,13 +67,45 @@ class NeedleExample:
         return self.input_ids[-self.answer_size :]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeedleMiss:
+    """Hold what a model wrote in place of an answer.
+
+    The engine's tokens are those it generated. Of a transformers model they are the likeliest at
+    every place of the answer, given the right answer's tokens before it, so after the first wrong
+    one they are not what it would have gone on to write: "982913" for 482913 says that the first
+    digit was lost, not that the others were found.
+
+    Attributes:
+        sample: number of the example within its cell.
+        city: the city asked for.
+        expected: the six digits expected.
+        answer: the text of the tokens written, as many as the right answer has; that one would read
+            " 482913", with the space. The right text in other tokens is a miss too.
+    """
+
+    sample: int
+    city: str
+    expected: str
+    answer: str
+
+
 @dataclass(frozen=True, slots=True)
 class NeedleCell:
-    """Hold one cell of the grid: a length, a depth, and a hit or a miss for every sample."""
+    """Hold one cell of the grid: a length, a depth, and a hit or a miss for every sample.
+
+    Attributes:
+        length: tokens of the sequences, answer included.
+        depth: 0 to 1, where the needle was.
+        hits: whether the answer was right, for each of the samples.
+        misses: what was written where it was not, in order of the samples; empty in cells taken
+            over from older files, which did not keep it.
+    """
 
     length: int
     depth: float
     hits: tuple[bool, ...]
+    misses: tuple[NeedleMiss, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,12 +233,13 @@ class NeedleTask:
         """Take from saved rows of one model the cells this task need not run again.
 
         Rows of another seed, another number of samples or repeated text do not count. The caller
-        answers for model and held-out text being the same.
+        answers for model and held-out text being the same. Rows from before misses were kept give
+        cells without them.
         """
         wanted = {(length, depth) for length in self.lengths for depth in self.depths}
         setting = (self.seed, self.samples, self.wrap_haystack)
         return [
-            NeedleCell(row["length"], depth, tuple(map(bool, hits)))
+            NeedleCell(row["length"], depth, tuple(map(bool, hits)), _misses(row, depth))
             for row in rows
             if (row.get("seed"), row.get("samples"), row.get("wrap_haystack")) == setting
             for depth, hits in zip(row["depths"], row["hits"], strict=True)
@@ -257,7 +290,13 @@ class NeedleResult:
         return scores
 
     def rows(self, variant: str) -> list[dict[str, object]]:
-        """Give one results row per length, case `needle.<variant>`, with the hits of every cell."""
+        """Give one results row per length, case `needle.<variant>`.
+
+        `hits` has a list for every depth, a 1 or 0 for every sample. `misses` lists the zeros with
+        depth, sample, city, the digits expected and the text written; `runtime` tells what the text
+        means (see `NeedleMiss`). A zero taken over from an older file, which kept no text, is not
+        in it.
+        """
         rows: list[dict[str, object]] = []
         for score in self.by_length():
             cells = [cell for cell in self.cells if cell.length == score.length]
@@ -273,6 +312,11 @@ class NeedleResult:
                     "depths": [cell.depth for cell in cells],
                     "accuracy_by_depth": [self.accuracy[cell.length, cell.depth] for cell in cells],
                     "hits": [[int(hit) for hit in cell.hits] for cell in cells],
+                    "misses": [
+                        {"depth": cell.depth, **asdict(miss)}
+                        for cell in cells
+                        for miss in cell.misses
+                    ],
                     "samples": self.task.samples,
                     "seed": self.task.seed,
                     "runtime": self.runtime,
@@ -281,6 +325,14 @@ class NeedleResult:
                 }
             )
         return rows
+
+
+def _misses(row: Row, depth: float) -> tuple[NeedleMiss, ...]:
+    return tuple(
+        NeedleMiss(**{name: value for name, value in miss.items() if name != "depth"})
+        for miss in row.get("misses", ())
+        if miss["depth"] == depth
+    )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

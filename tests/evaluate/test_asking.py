@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from longgen.engine import engine as engine_module
 from longgen.errors import UsageError
 from longgen.evaluate import asking
-from longgen.evaluate.asking import answer_examples, run_needle, score_examples
-from longgen.evaluate.needle import NeedleCell, NeedleExample, NeedleTask
+from longgen.evaluate.asking import answer_examples, guess_answers, run_needle
+from longgen.evaluate.needle import NeedleCell, NeedleExample, NeedleMiss, NeedleTask
 
 HAYSTACK = np.random.default_rng(0).integers(2, 600, 1000)
 # The second length is beyond the hybrid's context.
@@ -32,12 +32,21 @@ def written(model: Any, example: NeedleExample) -> tuple[int, ...]:
     return tuple(out[0, prompt.shape[1] :].tolist())
 
 
-def answers(model: Any, examples: list[NeedleExample], **settings: Any) -> list[bool]:
-    found: dict[int, bool] = {}
+def answers(model: Any, examples: list[NeedleExample], **settings: Any) -> list[tuple[int, ...]]:
+    found: dict[int, tuple[int, ...]] = {}
+
+    def on_answer(number: int, example: NeedleExample, tokens: tuple[int, ...]) -> None:
+        assert example is examples[number]
+        found[number] = tokens
+
     settings = {"most": len(examples)} | settings
-    answer_examples(model, iter(examples), found.__setitem__, **settings)
+    answer_examples(model, iter(examples), on_answer, **settings)
     assert sorted(found) == list(range(len(examples)))
     return [found[number] for number in range(len(examples))]
+
+
+def right(examples: list[NeedleExample], found: list[tuple[int, ...]]) -> list[bool]:
+    return [one.answer_ids == tokens for one, tokens in zip(examples, found, strict=True)]
 
 
 @pytest.fixture(scope="module", params=LENGTHS)
@@ -63,11 +72,12 @@ def examples(
 def test_answers_are_those_of_generate(
     hybrid: Any, examples: list[NeedleExample], batch_size: int | None
 ) -> None:
-    by_generate = [written(hybrid, example) == example.answer_ids for example in examples]
-    assert by_generate == [True, False] * 4
+    by_generate = [written(hybrid, example) for example in examples]
+    assert right(examples, by_generate) == [True, False] * 4
     assert answers(hybrid, examples, batch_size=batch_size) == by_generate
     # One at a time: their answers differ in length.
-    assert [score_examples(hybrid, [example])[0] for example in examples] == by_generate
+    guessed = [guess_answers(hybrid, [example])[0] for example in examples]
+    assert right(examples, guessed) == [True, False] * 4
 
 
 def test_a_prompt_is_read_in_pieces(
@@ -81,7 +91,7 @@ def test_a_prompt_is_read_in_pieces(
         return real(model, step, tokens, rows)
 
     monkeypatch.setattr(engine_module, "run", run)
-    assert answers(hybrid, examples) == [True, False] * 4
+    assert right(examples, answers(hybrid, examples)) == [True, False] * 4
     assert max(sizes) == 64
 
 
@@ -125,6 +135,18 @@ def test_a_grid_goes_through_the_engine_and_goes_on(
     assert seen == [(i, 20) for i in range(1, 21)]
     assert [(cell.length, cell.depth) for cell in result.cells] == grid
     assert {cell.hits for cell in result.cells} == {(False, True, False)}
+    for cell in result.cells:
+        planted = {s: build(task, tokenizer, HAYSTACK, *grid_place(cell), s) for s in (0, 2)}
+        assert cell.misses == tuple(
+            NeedleMiss(
+                sample=s,
+                city=example.city,
+                expected=example.number,
+                answer=tokenizer.decode(written(hybrid, example)),
+            )
+            for s, example in planted.items()
+        )
+    assert [len(row["misses"]) for row in result.rows("hybrid")] == [20, 20]
     assert sorted(cells, key=grid_place) == list(result.cells)
     assert {row["runtime"] for row in result.rows("hybrid")} == {"longgen.engine"}
 

@@ -9,8 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from longgen.errors import UsageError
+from longgen.evaluate import asking
 from longgen.evaluate import run as run_module
 from longgen.evaluate.cost import Cost
+from longgen.evaluate.needle import NeedleExample, NeedleTask
 from longgen.evaluate.results import read_results
 from longgen.evaluate.run import (
     default_lengths,
@@ -100,6 +102,48 @@ def test_only_known_things_are_measured(
         with pytest.raises(UsageError, match="choose from needle, loss, cost"):
             evaluate_model(model, tokenizer, TEXT, tmp_path, lengths=(128,), only=only)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["model", "hybrid"])
+def test_what_was_written_outlasts_an_interruption(
+    request: pytest.FixtureRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    model = request.getfixturevalue(kind)
+    settings: dict[str, Any] = {"lengths": (160, 190), "num_depths": 10, "samples": 1}
+    settings |= {"only": ("needle",), "say": lambda line: None}
+    # One question at a time.
+    monkeypatch.setattr(asking, "free_bytes", lambda device: 0)
+
+    def call(folder: str) -> list[dict[str, Any]]:
+        return evaluate_model(model, tokenizer, TEXT, tmp_path / folder, **settings)
+
+    whole = call("whole")
+    # A model with random weights finds nothing.
+    assert [len(row["misses"]) for row in whole] == [10, 10]
+    assert len({miss["answer"] for row in whole for miss in row["misses"]}) > 1
+
+    build, left = NeedleTask.build, 14
+
+    def interrupted(*args: Any) -> NeedleExample:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return build(*args)
+
+    monkeypatch.setattr(NeedleTask, "build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call("stopped")
+    saved: Any = read_results(tmp_path / "stopped" / "needle.json")["rows"]
+    assert saved[0]["misses"] == whole[0]["misses"]
+    assert 0 < len(saved[1]["misses"]) < 10
+    assert call("stopped") == whole
+    # What was saved was not asked again.
+    assert -left == 10 - len(saved[1]["depths"])
 
 
 def test_lengths_that_did_not_fit_are_tried_again(
