@@ -396,6 +396,7 @@ def recipes() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "needle": lambda: needle("twins"),
     "needle_128k": lambda: needle("twins-128k-230-steps"),
+    "needle_128k_dense": lambda: needle("twins-128k-400-steps"),
     "kv": lambda: costs("demo"),
     "attention": lambda: attention("attention"),
     "attention_lengths": lambda: attention_lengths(
