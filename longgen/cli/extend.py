@@ -206,6 +206,17 @@ def extend(
             "one per 1,000 tokens",
         ),
     ] = None,
+    recall_kinds: Annotated[
+        str | None,
+        _option(
+            "recall_kinds",
+            "What they are: codes, of one wording; facts, of many; copies of passages of the text; "
+            "or several, with commas.",
+            _DATA,
+            "KINDS",
+            "codes",
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         str | None,
         _option(

@@ -1,4 +1,4 @@
-"""Plant records and later lookups of them into text, as training matter for recall."""
+"""Plant what can only be told from far back into text, as training matter for recall."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from longgen.data.facts import MOST_FACTS, WORDS, draw_facts
 from longgen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,39 +17,61 @@ RECORD = "\nRecord {key} has code {code}.\n"
 LOOKUP = "\nLookup: record {key} has code {code}.\n"
 TOKENS_PER_PAIR = 1000  # the default density
 
-_WORDS = """amber anvil aspen badger basil birch bronze candle canyon cedar clover cobalt comet
-    copper coral crimson dahlia ember fennel fjord garnet ginger glacier harbor hazel heron indigo
-    ivory jasmine juniper kettle lantern lichen linen magnet maple meadow nutmeg olive onyx orchid
-    otter pebble pepper plume quarry quartz raven saffron silver spruce sunset thistle timber topaz
-    tulip umber velvet walnut willow yarrow zephyr"""
-WORDS = tuple(_WORDS.split())
 NUM_KEYS = len(WORDS) ** 2 * 90  # word-word-NN, NN from 10 to 99
+# Tokens in a copied passage: enough to be found by its beginning, and to have a rest that follows.
+COPIED_TOKENS = (16, 48)
+# The kinds of pairs, and how many different ones a sequence can have of each.
+_MOST = {"codes": NUM_KEYS, "facts": MOST_FACTS, "copies": 1_000_000}
+KINDS = tuple(_MOST)
+DEFAULT_KINDS = "codes"
 _TRIES = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pair:
+    """Hold what is planted in two places; for a copy, how long the passage is.
+
+    Attributes:
+        first, second: token ids of the earlier and the later place; None in a copy, where the
+            second becomes what stands in the first.
+        sizes: tokens in each.
+    """
+
+    first: np.ndarray | None
+    second: np.ndarray | None
+    sizes: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class RecallText:
-    r"""Plant pairs of a record and its lookup into a sequence of tokens, keeping its length.
+    r"""Plant pairs of something and its later repetition into tokens, keeping their number.
 
-    A pair overwrites two spans of tokens with its own:
+    A pair of the kind "codes" overwrites two spans of tokens with its own:
 
         ... quick brown\nRecord amber-cedar-42 has code 918273.\n over the lazy dog ...
         ... lorem ipsum\nLookup: record amber-cedar-42 has code 918273.\n sit amet ...
 
     so that the six digits in the lookup can be predicted only from the record, which may be
-    almost the whole sequence away. The wording is unlike that of the needle evaluation.
+    almost the whole sequence away. "facts" are the same in many wordings (`longgen.data.facts`).
+    "copies" repeat a passage of the text itself, from its first tokens on, in one span:
+
+        ... she had laid the old brass lamp on the sill and ...
+        ... lorem ipsum laid the old brass lamp on the sill sit amet ...
+
+    None is worded like the needle evaluation.
 
     What holds for n tokens:
 
-    - Keys are unique in the sequence; spans never overlap; the first and the last token
-      (beginning and end of a document, if it is whole) stay.
-    - The distance from record to lookup, first token to first token, is drawn uniformly from
-      [tokens of the record, n - 2 - tokens of the lookup], before any place is. Then, the longest
+    - Codes' keys are unique in the sequence, and facts' subjects; spans never overlap, those that
+      are copied included; the first and the last token (beginning and end of a document, if it is
+      whole) stay.
+    - The distance between a pair's spans, first token to first token, is drawn uniformly from
+      [tokens of the first, n - 2 - tokens of the second], before any place is. Then, the longest
       first, each pair gets a place drawn uniformly from those where both of its spans are free.
       A distance that has no free place is drawn again; only distances within a few pairs'
       tokens of the longest possible are ever concerned, unless the sequence is crowded.
-    - At most a quarter of the tokens is overwritten (if there is more than one pair): of more
-      pairs asked for, only so many are planted, and none if not even one fits.
+    - At most a quarter of the tokens is overwritten or copied (if there is more than one pair):
+      of more pairs asked for, only so many are planted, and none if not even one fits.
 
     Example: n = 1000, a record of 20 tokens, a lookup of 23. The distance is uniform over
     20 ... 975; say 600. The record then starts anywhere in 1 ... 376, say at 50, where tokens
@@ -57,37 +80,41 @@ class RecallText:
     Attributes:
         tokenizer: spells the text; each record and lookup is tokenized by itself.
         records_per_sequence: pairs in a sequence; by default one per 1,000 tokens, at least one.
+        kinds: of pairs, one or more of `KINDS` with commas between; each pair's is drawn.
         min_tokens: a sequence at least this long holds a pair of usual spelling.
 
     Raises:
-        UsageError: `records_per_sequence` is below 1 or above the number of keys.
+        UsageError: `records_per_sequence` is below 1 or above what a kind has, or `kinds` are
+            unknown.
     """
 
     tokenizer: PreTrainedTokenizerBase
     records_per_sequence: int | None = field(default=None, kw_only=True)
+    kinds: str = field(default=DEFAULT_KINDS, kw_only=True)
     min_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
+        most = min(_MOST[kind] for kind in split_kinds(self.kinds))
         asked = self.records_per_sequence
-        if asked is not None and not 1 <= asked <= NUM_KEYS:
+        if asked is not None and not 1 <= asked <= most:
             raise UsageError(
-                f"records_per_sequence is {asked}, but must be from 1 to {NUM_KEYS:,} (the number "
-                "of keys). Leave it out for one record per 1,000 tokens."
+                f"records_per_sequence is {asked}, but must be from 1 to {most:,} (the number "
+                f"of different {self.kinds}). Leave it out for one record per 1,000 tokens."
             )
         sample = self._draw(256, np.random.default_rng(0))
-        longest = max(len(record) + len(lookup) for record, lookup in sample)
-        object.__setattr__(self, "min_tokens", longest + 2)
+        object.__setattr__(self, "min_tokens", max(sum(pair.sizes) for pair in sample) + 2)
 
     def num_pairs(self, num_tokens: int) -> int:
         """Return how many pairs a sequence of so many tokens should hold."""
         if self.records_per_sequence is not None:
             return self.records_per_sequence
-        return min(max(1, round(num_tokens / TOKENS_PER_PAIR)), NUM_KEYS)
+        most = min(_MOST[kind] for kind in split_kinds(self.kinds))
+        return min(max(1, round(num_tokens / TOKENS_PER_PAIR)), most)
 
     def apply(
         self, input_ids: np.ndarray, rng: np.random.Generator, *, pairs: int | None = None
     ) -> np.ndarray:
-        """Return a copy of one document's tokens with records and lookups planted in it.
+        """Return a copy of one document's tokens with pairs planted in it.
 
         Args:
             input_ids: token ids, [n], of one document or a piece of one.
@@ -100,37 +127,50 @@ class RecallText:
         planted = input_ids.copy()
         room = len(input_ids) - 2
         drawn = self._draw(self.num_pairs(len(input_ids)) if pairs is None else pairs, rng)
-        longest = max((len(record) + len(lookup) for record, lookup in drawn), default=1)
+        longest = max((sum(pair.sizes) for pair in drawn), default=1)
         # With three quarters of the room free, some gap always holds one pair more.
         drawn = drawn[: max(1, room // (4 * longest))]
-        drawn = [pair for pair in drawn if len(pair[0]) + len(pair[1]) <= room]
+        drawn = [pair for pair in drawn if sum(pair.sizes) <= room]
 
-        def distance(record: np.ndarray, lookup: np.ndarray) -> int:
-            return int(rng.integers(len(record), room - len(lookup) + 1))
+        def distance(first: int, second: int) -> int:
+            return int(rng.integers(first, room - second + 1))
 
         free = np.ones(len(input_ids), dtype=bool)
-        queue = [(distance(*pair), pair) for pair in drawn]
+        queue = [(distance(*pair.sizes), pair) for pair in drawn]
         # The longest have the fewest places, so they choose first.
         queue.sort(key=lambda item: -item[0])
-        for apart, (record, lookup) in queue:
-            at = _place(free, apart, len(record), len(lookup), rng)
+        for apart, pair in queue:
+            first, second = pair.sizes
+            at = _place(free, apart, first, second, rng)
             while at is None:
-                apart = distance(record, lookup)
-                at = _place(free, apart, len(record), len(lookup), rng)
-            for start, text in ((at, record), (at + apart, lookup)):
-                planted[start : start + len(text)] = text
-                free[start : start + len(text)] = False
+                apart = distance(first, second)
+                at = _place(free, apart, first, second, rng)
+            here, there = slice(at, at + first), slice(at + apart, at + apart + second)
+            if pair.first is not None:
+                planted[here] = pair.first
+            planted[there] = planted[here] if pair.second is None else pair.second
+            free[here] = free[there] = False
         return planted
 
-    def _draw(self, num: int, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Draw pairs with different keys, as token ids ([tokens of record], [of lookup])."""
-        texts: list[str] = []
-        for key in rng.choice(NUM_KEYS, size=num, replace=False).tolist():
-            words, number = divmod(key, 90)
-            first, second = divmod(words, len(WORDS))
-            name = f"{WORDS[first]}-{WORDS[second]}-{number + 10}"
-            code = int(rng.integers(100_000, 1_000_000))
-            texts += [text.format(key=name, code=code) for text in (RECORD, LOOKUP)]
+    def _draw(self, num: int, rng: np.random.Generator) -> list[_Pair]:
+        """Draw pairs with different keys."""
+        kinds = split_kinds(self.kinds)
+        if len(kinds) == 1:  # what seeds gave before there was a choice, they still give
+            return self._draw_kind(kinds[0], num, rng)
+        chosen = rng.integers(len(kinds), size=num)
+        found = [
+            iter(self._draw_kind(kind, int((chosen == i).sum()), rng))
+            for i, kind in enumerate(kinds)
+        ]
+        return [next(found[i]) for i in chosen]
+
+    def _draw_kind(self, kind: str, num: int, rng: np.random.Generator) -> list[_Pair]:
+        if kind == "copies":
+            low, high = COPIED_TOKENS
+            sizes = rng.integers(low, high + 1, size=num).tolist()
+            return [_Pair(None, None, (size, size)) for size in sizes]
+        draw = draw_facts if kind == "facts" else _draw_codes
+        texts = [text for pair in draw(num, rng) for text in pair]
         if not texts:
             return []
         # One call for all: tokenizers do not spell "amber-cedar" as "amber" + "-" + "cedar", so
@@ -139,7 +179,38 @@ class RecallText:
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
         arrays = [np.asarray(one) for one in ids]
-        return list(zip(arrays[::2], arrays[1::2], strict=True))
+        return [
+            _Pair(first, second, (len(first), len(second)))
+            for first, second in zip(arrays[::2], arrays[1::2], strict=True)
+        ]
+
+
+def split_kinds(kinds: str) -> tuple[str, ...]:
+    """Split the kinds of pairs that a setting names.
+
+    Raises:
+        UsageError: one is unknown or there twice.
+    """
+    found = tuple(kind.strip() for kind in kinds.split(","))
+    for kind in found:
+        if kind not in KINDS or found.count(kind) > 1:
+            raise UsageError(
+                f"recall_kinds is {kinds!r}; give one or more of {', '.join(KINDS)}, each once, "
+                "with commas between."
+            )
+    return found
+
+
+def _draw_codes(num: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Draw records of codes, each as (record, lookup), with different keys."""
+    texts = []
+    for key in rng.choice(NUM_KEYS, size=num, replace=False).tolist():
+        words, number = divmod(key, 90)
+        first, second = divmod(words, len(WORDS))
+        name = f"{WORDS[first]}-{WORDS[second]}-{number + 10}"
+        code = int(rng.integers(100_000, 1_000_000))
+        texts.append((RECORD.format(key=name, code=code), LOOKUP.format(key=name, code=code)))
+    return texts
 
 
 def _place(

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from longgen.data.recall import DEFAULT_KINDS, split_kinds
 from longgen.errors import UsageError, what_changed
 from longgen.training_setup import CHECKPOINTING, OFFLOADED, SHARDINGS, refuse_kept_products
 
@@ -83,6 +84,7 @@ class ExtendConfig:
         seed: decides the order of data and what is held out.
         recall_share: share of sequences with generated recall text planted in them.
         recall_records: records in such a sequence; None is one per 1,000 tokens.
+        recall_kinds: what they are, as `longgen.data.RecallText` takes it.
         join_folders: make one long document of each folder of source files.
         text_field: key or column of the text in .jsonl, .parquet and datasets.
         strict: refuse data files that would be skipped.
@@ -119,6 +121,7 @@ class ExtendConfig:
     seed: int = 0
     recall_share: float = 0.0
     recall_records: int | None = None
+    recall_kinds: str = DEFAULT_KINDS
     join_folders: bool = False
     text_field: str = "text"
     strict: bool = False
@@ -191,7 +194,9 @@ class ExtendConfig:
             "context_parallel",
             "sharding",
         }
-        mine, earlier = self.to_run(), _in_any_folder(earlier)
+        # A run of an earlier version has no word of settings that came later.
+        defaults = {one.name: one.default for one in fields(self) if one.default is not MISSING}
+        mine, earlier = self.to_run(), _in_any_folder({**defaults, **earlier})
         return what_changed(
             earlier, {name: value for name, value in mine.items() if name not in free}
         )
@@ -243,6 +248,8 @@ def _checked(name: str, value: Any) -> Any:
         raise UsageError("weight_decay is inf; give a finite number.")
     if name in ("recall_share", "min_lr_ratio") and not 0 <= value <= 1:
         raise UsageError(f"{name} is {value}; give a number from 0 to 1.")
+    if name == "recall_kinds":
+        value = ",".join(split_kinds(value))
     if name in _CHOICES:
         value, choices = _OLD_WORDS.get((name, value), value), _CHOICES[name]
         if value not in choices:

@@ -20,7 +20,9 @@ def recall_text(config: ExtendConfig, tokenizer: Any) -> RecallText | None:
     """Return the recall text that a run plants, None if it plants none."""
     if not config.recall_share:
         return None
-    return RecallText(tokenizer, records_per_sequence=config.recall_records)
+    return RecallText(
+        tokenizer, records_per_sequence=config.recall_records, kinds=config.recall_kinds
+    )
 
 
 def mixture_of(config: ExtendConfig, tokenizer: Any, recall: RecallText | None) -> Mixture | None:

@@ -69,6 +69,7 @@ def test_every_setting_has_an_option_that_reaches_it(
         "seed": 11,
         "recall_share": 0.125,
         "recall_records": 2,
+        "recall_kinds": "copies",
         "join_folders": True,
         "text_field": "body",
         "strict": True,

@@ -156,3 +156,88 @@ def test_input_is_left_as_it_was(tokenizer: Any) -> None:
 def test_numbers_of_records_that_are_refused(tokenizer: Any, asked: int) -> None:
     with pytest.raises(UsageError, match=f"records_per_sequence is {asked}"):
         RecallText(tokenizer, records_per_sequence=asked)
+
+
+def ramp(number: int) -> np.ndarray:
+    """Return a text in which every token stands once."""
+    return np.arange(number) + 1000
+
+
+@given(st.integers(2, 3000), st.one_of(st.none(), st.integers(0, 60)), st.integers(0, 99))
+def test_copies_repeat_what_stands_before_them(
+    tokenizer: Any, number: int, pairs: int | None, seed: int
+) -> None:
+    recall = RecallText(tokenizer, kinds="copies")
+    ids = ramp(number)
+    after = recall.apply(ids, np.random.default_rng(seed), pairs=pairs)
+    assert (after[0], after[-1]) == (ids[0], ids[-1])
+    sources: list[int] = []
+    copies: list[tuple[int, int]] = []
+    at = 0
+    while at < number:
+        size = 0
+        # A copy of the tokens right before it ends where another begins elsewhere.
+        while at + size < number and after[at + size] - after[at] == size and after[at] != ids[at]:
+            size += 1
+        if size:
+            copies.append((int(after[at]) - 1000, size))
+            sources += range(copies[-1][0], copies[-1][0] + size)
+            assert copies[-1][0] + size <= at
+        at += size or 1
+    # What is copied stays as it was, and is copied once.
+    assert len(set(sources)) == len(sources)
+    assert np.array_equal(after[sources], ids[sources])
+    low, high = recall_module.COPIED_TOKENS
+    assert all(low <= size <= 2 * high for _, size in copies)  # two may follow each other
+    asked = recall.num_pairs(number) if pairs is None else pairs
+    assert len(copies) <= asked
+    if number >= recall.min_tokens and asked:
+        assert copies
+
+
+def test_distances_of_copies_are_uniform(tokenizer: Any) -> None:
+    recall = RecallText(tokenizer, kinds="copies", records_per_sequence=1)
+    rng = np.random.default_rng(0)
+    number, values = 1000, []
+    for _ in range(2000):
+        after = recall.apply(ramp(number), rng)
+        changed = np.flatnonzero(after != ramp(number))
+        size, distance = len(changed), changed[0] - (after[changed[0]] - 1000)
+        values.append((distance - size + rng.random()) / (number - 2 - 2 * size + 1))
+    assert uniform_error(values) < uniform_bound(len(values))
+
+
+def test_facts_are_told_before_they_are_asked_for(tokenizer: Any) -> None:
+    recall = RecallText(tokenizer, kinds="facts")
+    ids = plant(recall, 30_000, np.random.default_rng(0))
+    told = tokenizer.decode(ids[ids != PLAIN])
+    lines = [line for line in told.split("\n") if line]
+    assert len(lines) == 60
+    values = [re.findall(r"\d{3,}|[A-Z]{2}-\d{4}|[a-z]+ [a-z]+(?=\W*$)", line) for line in lines]
+    # Each value that is a number of some length is there twice.
+    numbers = [one for line in values for one in line if one.isdigit() and len(one) > 4]
+    assert numbers
+    assert all(numbers.count(one) == 2 for one in numbers)
+
+
+def test_kinds_are_mixed_evenly(tokenizer: Any) -> None:
+    recall = RecallText(tokenizer, kinds="codes,copies", records_per_sequence=1)
+    assert recall.min_tokens == 2 * recall_module.COPIED_TOKENS[1] + 2
+    rng = np.random.default_rng(0)
+    copies = 0
+    for _ in range(1000):
+        after = recall.apply(ramp(500), rng)
+        copies += after.max() <= 1499 and after[after != ramp(500)].min() >= 1000
+    assert abs(copies - 500) < 5 * (1000 * 0.25) ** 0.5
+
+
+@pytest.mark.parametrize("kinds", ["", "code", "codes,codes", "codes,", "codes;facts"])
+def test_kinds_that_are_refused(tokenizer: Any, kinds: str) -> None:
+    with pytest.raises(UsageError, match=r"recall_kinds is .*give one or more of codes, facts, co"):
+        RecallText(tokenizer, kinds=kinds)
+
+
+def test_the_kind_with_fewest_decides_how_many_there_can_be(tokenizer: Any) -> None:
+    RecallText(tokenizer, records_per_sequence=10_001)
+    with pytest.raises(UsageError, match=r"from 1 to 10,000 \(the number of different codes,facts"):
+        RecallText(tokenizer, kinds="codes,facts", records_per_sequence=10_001)

@@ -53,6 +53,10 @@ def test_a_step_has_by_default_as_many_whole_sequences_as_131072_tokens_hold() -
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
         ({"recall_share": 1.5}, "recall_share is 1.5; give a number from 0 to 1"),
+        (
+            {"recall_kinds": "facts,tales"},
+            "recall_kinds is 'facts,tales'; give one or more of codes",
+        ),
         ({"compile": "yes"}, "compile is 'yes'; give auto, on or off"),
         ({"sharding": "zero3"}, "sharding is 'zero3'; give auto, fsdp or ddp"),
         (
@@ -98,6 +102,15 @@ def test_settings_survive_their_record() -> None:
         "layers was 'SFS' and is now 'FFF'",
         "steps was 100 and is now 3",
     ]
+
+
+def test_a_run_begun_before_there_was_a_setting_goes_on_with_its_default() -> None:
+    now = config(recall_kinds=" facts, codes")
+    assert now.recall_kinds == "facts,codes"
+    earlier = config().to_dict()
+    del earlier["recall_kinds"]
+    assert config().differences(earlier) == []
+    assert now.differences(earlier) == ["recall_kinds was 'codes' and is now 'facts,codes'"]
 
 
 def recipe(folder: Path, text: str) -> Path:

@@ -1,0 +1,78 @@
+"""Facts: told whole, asked for whole, each of another subject, and nothing of the needle test."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from longgen.data.facts import ATTRIBUTES, LOOKUPS, MOST_FACTS, STATEMENTS, draw_facts
+from longgen.evaluate.needle import ANSWER, CITIES, NEEDLE, QUESTION
+
+
+def matched(forms: tuple[str, ...], text: str) -> list[dict[str, str]]:
+    """Return what stands in a text's places, for each form that it may have."""
+    found = []
+    for form in forms:
+        pattern = re.escape(form.format(subject="S@", attribute="A@", value="V@"))
+        pattern = pattern[0].upper() + pattern[1:] if pattern[0].isalpha() else pattern
+        attributes = "|".join(map(re.escape, ATTRIBUTES))
+        for mark, group in (
+            ("S@", "(?P<subject>.+?)"),
+            ("A@", f"(?i:(?P<attribute>{attributes}))"),
+            ("V@", "(?P<value>.+?)"),
+        ):
+            pattern = pattern.replace(re.escape(mark), group, 1)
+        if match := re.fullmatch(f"\n{pattern}\n", text):
+            found.append(match.groupdict())
+    return found
+
+
+def test_lookups_ask_for_what_was_told() -> None:
+    facts = draw_facts(2000, np.random.default_rng(0))
+    subjects = set()
+    for statement, lookup in facts:
+        told = [{k: v.lower() for k, v in one.items()} for one in matched(STATEMENTS, statement)]
+        asked = [{k: v.lower() for k, v in one.items()} for one in matched(LOOKUPS, lookup)]
+        same = [one for one in told if one in asked]
+        assert same, (statement, lookup)
+        subjects.add(same[0]["subject"])
+    assert len(subjects) == len(facts)
+
+
+def test_in_lookups_the_value_comes_last() -> None:
+    for form in LOOKUPS:
+        places = [form.index(f"{{{name}}}") for name in ("subject", "attribute", "value")]
+        assert max(places) == places[2]
+
+
+def test_wordings_and_kinds_all_occur() -> None:
+    facts = draw_facts(2000, np.random.default_rng(0))
+    for forms, texts in zip((STATEMENTS, LOOKUPS), zip(*facts, strict=True), strict=True):
+        for form in forms:
+            assert sum(bool(matched((form,), text)) for text in texts) > 2000 / len(forms) / 2
+    digits = {len(number) for pair in facts for number in re.findall(r"(?<![-\w])\d+", pair[1])}
+    assert digits >= set(range(3, 9))
+
+
+def test_nothing_is_worded_as_the_needle_evaluation_is() -> None:
+    said = " ".join(text for pair in draw_facts(5000, np.random.default_rng(1)) for text in pair)
+    words = set(re.findall(r"\w+", said))
+    assert not words & set(CITIES.split())
+    own = {"Question", "Answer", "magic", "special", "Remember", "Paris"}
+    assert own <= set(
+        re.findall(r"\w+", (NEEDLE + QUESTION + ANSWER).format(city="Paris", number=1))
+    )
+    assert not words & own
+
+
+def test_same_state_same_facts() -> None:
+    first, again, other = (draw_facts(50, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_too_many_are_refused() -> None:
+    assert len(draw_facts(MOST_FACTS, np.random.default_rng(0))) == MOST_FACTS
+    with pytest.raises(ValueError, match="10,001 facts were asked for, of 10,000 at most"):
+        draw_facts(MOST_FACTS + 1, np.random.default_rng(0))
