@@ -217,7 +217,7 @@ def cut_pieces(folder: Path, tokenizer: PreTrainedTokenizerBase, length: int, ou
     return count
 
 
-def commands(
+def queue_of(
     variant: str, base: Path, packed: Path, pieces: Path, out: Path, sizes: Sizes
 ) -> list[list[object]]:
     """Return the commands that train and evaluate a twin; training goes on where it stopped, and is
@@ -358,7 +358,7 @@ def make(given: argparse.Namespace, out: Path, gpus: int, lock: int) -> None:
     pieces = out / "heldout"
     found = cut_pieces(given.heldout, load_tokenizer(base), sizes.context + 1, pieces)
     say(f"{found} pieces of {sizes.context + 1:,} tokens are held out")
-    queues = {name: commands(name, base, packed, pieces, out, sizes) for name in VARIANTS}
+    queues = {name: queue_of(name, base, packed, pieces, out, sizes) for name in VARIANTS}
     say(f"training and evaluating; their output goes to {out}/hybrid.log and full.log")
     run_queues(queues, out, gpus, lock, NAMES)
     command = "python -m demo.twins_128k --books DIR --code DIR --heldout DIR"

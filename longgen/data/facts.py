@@ -82,6 +82,9 @@ LOOKUPS = (
     '{{"name": "{subject}", "{attribute}": "{value}"}}',
     "# {subject}, {attribute}: {value}",
     "As to {subject}, the {attribute} was {value}.",
+    # Both are there twice: what stands nearer and leads nowhere has to be passed over.
+    "What is the {attribute} of {subject}? The {attribute} of {subject} is {value}.",
+    "Ask for {subject} and the {attribute}. {subject} has the {attribute} {value}.",
 )
 _LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 MOST_FACTS = 10_000  # at once: of 66,000 subjects, some kinds of which have few

@@ -18,12 +18,14 @@ def matched(forms: tuple[str, ...], text: str) -> list[dict[str, str]]:
         pattern = re.escape(form.format(subject="S@", attribute="A@", value="V@"))
         pattern = pattern[0].upper() + pattern[1:] if pattern[0].isalpha() else pattern
         attributes = "|".join(map(re.escape, ATTRIBUTES))
+        names = {"S@": "subject", "A@": "attribute", "V@": "value"}
         for mark, group in (
             ("S@", "(?P<subject>.+?)"),
             ("A@", f"(?i:(?P<attribute>{attributes}))"),
             ("V@", "(?P<value>.+?)"),
         ):
             pattern = pattern.replace(re.escape(mark), group, 1)
+            pattern = pattern.replace(re.escape(mark), f"(?P={names[mark]})")
         if match := re.fullmatch(f"\n{pattern}\n", text):
             found.append(match.groupdict())
     return found
@@ -43,7 +45,7 @@ def test_lookups_ask_for_what_was_told() -> None:
 
 def test_in_lookups_the_value_comes_last() -> None:
     for form in LOOKUPS:
-        places = [form.index(f"{{{name}}}") for name in ("subject", "attribute", "value")]
+        places = [form.rindex(f"{{{name}}}") for name in ("subject", "attribute", "value")]
         assert max(places) == places[2]
 
 
