@@ -179,7 +179,7 @@ def refuse_hybrid(config: Any, path: str | Path) -> None:
 
 
 def check_output(folder: str | Path) -> Path:
-    """Return an output folder that is new or empty, but for what a write cut off there left.
+    """Return an output folder that is new or empty.
 
     Raises:
         UsageError: if it is a file or inside one, or holds anything.
@@ -189,9 +189,7 @@ def check_output(folder: str | Path) -> Path:
         if place.exists() and not place.is_dir():
             raise UsageError(f"The output {path} cannot be made: {place} is a file. Give a folder.")
     if path.is_dir():
-        names = sorted(entry.name for entry in path.iterdir())
-        # Half of a file or of a checkpoint: the next writer begins it anew.
-        found = [name for name in names if not name.endswith(_STAGING)]
+        found = sorted(entry.name for entry in path.iterdir())
         if found:
             raise UsageError(
                 f"The output folder {path} is not empty (it holds {', '.join(found[:3])}"

@@ -126,12 +126,6 @@ def test_a_hybrid_is_not_run_with_other_attention(tiny_checkpoint: Path, tmp_pat
 def test_an_output_is_a_new_or_empty_folder(tmp_path: Path) -> None:
     assert check_output(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert check_output(tmp_path) == tmp_path
-    # Killed in the middle of a write.
-    (tmp_path / "run.json.partial").write_text("{")
-    (tmp_path / ".partial").mkdir()
-    assert check_output(tmp_path) == tmp_path
-    (tmp_path / "run.json.partial").unlink()
-    (tmp_path / ".partial").rmdir()
     for name in "dcba":
         (tmp_path / name).write_text("mine")
     with pytest.raises(UsageError, match=r"not empty \(it holds a, b, c, \.\.\.\)"):

@@ -7,8 +7,7 @@ about, what is asked and how both are put all vary, so that little but looking b
     ...
     What is the badge number of Ada Fenwick? It is 40718.
 
-The needle evaluation's sentence, its frame ("Question: ... Answer: ...") and its cities are not
-among them.
+The needle evaluation's sentence, its question and its cities are not among them.
 """
 
 from __future__ import annotations
@@ -82,19 +81,19 @@ LOOKUPS = (
     '{{"name": "{subject}", "{attribute}": "{value}"}}',
     "# {subject}, {attribute}: {value}",
     "As to {subject}, the {attribute} was {value}.",
-    # Both are there twice: what stands nearer and leads nowhere has to be passed over.
-    "What is the {attribute} of {subject}? The {attribute} of {subject} is {value}.",
+    # The subject is there twice: what stands nearer and leads nowhere has to be passed over.
     "Ask for {subject} and the {attribute}. {subject} has the {attribute} {value}.",
+    "Who knows of {subject}? The {attribute} is wanted. As to {subject}, it is {value}.",
 )
 _LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
-MOST_FACTS = 10_000  # at once: of 66,000 subjects, some kinds of which have few
+MOST_FACTS = 10_000  # at once: of some 60,000 subjects, among which some kinds are few
 
 
 def draw_facts(number: int, rng: np.random.Generator) -> list[tuple[str, str]]:
     r"""Draw facts, each as (statement, lookup), with different subjects.
 
-    Both begin and end with a line break; the value stands in each of them, and in the lookup
-    comes after subject and attribute, so that it can be told from the statement alone.
+    Both begin and end with a line break. The value stands in each of them, spelled alike, and in
+    the lookup after subject and attribute, so that it can be told from the statement alone.
 
     Args:
         number: how many.
@@ -117,14 +116,15 @@ def draw_facts(number: int, rng: np.random.Generator) -> list[tuple[str, str]]:
             "attribute": _one(ATTRIBUTES, rng),
             "value": _value(rng),
         }
-        statement = _one(STATEMENTS, rng).format(**words)
-        lookup = _one(LOOKUPS, rng).format(**words)
-        facts.append((f"\n{_capital(statement)}\n", f"\n{_capital(lookup)}\n"))
+        statement, lookup = (_one(forms, rng) for forms in (STATEMENTS, LOOKUPS))
+        facts.append((_line(statement, words), _line(lookup, words)))
     return facts
 
 
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+def _line(form: str, words: dict[str, str]) -> str:
+    """Fill in a form as a line; a subject that begins it gets a capital."""
+    line = form.format(**words)
+    return f"\n{line[0].upper() + line[1:] if form.startswith('{subject}') else line}\n"
 
 
 def _one(choices: tuple[str, ...], rng: np.random.Generator) -> str:

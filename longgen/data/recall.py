@@ -1,4 +1,4 @@
-"""Plant what can only be told from far back into text, as training matter for recall."""
+"""Plant what is best told from far back into text, as training matter for recall."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from longgen.data.facts import MOST_FACTS, WORDS, draw_facts
 from longgen.errors import UsageError
+from longgen.recall_kinds import DEFAULT_KINDS, split_kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,12 +19,9 @@ LOOKUP = "\nLookup: record {key} has code {code}.\n"
 TOKENS_PER_PAIR = 1000  # the default density
 
 NUM_KEYS = len(WORDS) ** 2 * 90  # word-word-NN, NN from 10 to 99
-# Tokens in a copied passage: enough to be found by its beginning, and to have a rest that follows.
-COPIED_TOKENS = (16, 48)
-# The kinds of pairs, and how many different ones a sequence can have of each.
-_MOST = {"codes": NUM_KEYS, "facts": MOST_FACTS, "copies": 1_000_000}
-KINDS = tuple(_MOST)
-DEFAULT_KINDS = "codes"
+COPIED_TOKENS = (16, 48)  # in a copied passage, at least and at most
+# How many different ones a sequence can have of a kind; of copies any number.
+_MOST = {"codes": NUM_KEYS, "facts": MOST_FACTS}
 _TRIES = 32
 
 
@@ -58,7 +56,7 @@ class RecallText:
         ... she had laid the old brass lamp on the sill and ...
         ... lorem ipsum laid the old brass lamp on the sill sit amet ...
 
-    None is worded like the needle evaluation.
+    The needle evaluation's sentence and question are not among them; facts come nearest.
 
     What holds for n tokens:
 
@@ -84,8 +82,8 @@ class RecallText:
         min_tokens: a sequence at least this long holds a pair of usual spelling.
 
     Raises:
-        UsageError: `records_per_sequence` is below 1 or above what a kind has, or `kinds` are
-            unknown.
+        UsageError: `records_per_sequence` is below 1 or above what a kind has, or `kinds` has an
+            unknown one.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -94,13 +92,8 @@ class RecallText:
     min_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        most = min(_MOST[kind] for kind in split_kinds(self.kinds))
-        asked = self.records_per_sequence
-        if asked is not None and not 1 <= asked <= most:
-            raise UsageError(
-                f"records_per_sequence is {asked}, but must be from 1 to {most:,} (the number "
-                f"of different {self.kinds}). Leave it out for one record per 1,000 tokens."
-            )
+        if self.records_per_sequence is not None:
+            self._check("records_per_sequence", self.records_per_sequence, at_least=1)
         sample = self._draw(256, np.random.default_rng(0))
         object.__setattr__(self, "min_tokens", max(sum(pair.sizes) for pair in sample) + 2)
 
@@ -108,8 +101,8 @@ class RecallText:
         """Return how many pairs a sequence of so many tokens should hold."""
         if self.records_per_sequence is not None:
             return self.records_per_sequence
-        most = min(_MOST[kind] for kind in split_kinds(self.kinds))
-        return min(max(1, round(num_tokens / TOKENS_PER_PAIR)), most)
+        number = max(1, round(num_tokens / TOKENS_PER_PAIR))
+        return min(number, *(_MOST.get(kind, number) for kind in split_kinds(self.kinds)))
 
     def apply(
         self, input_ids: np.ndarray, rng: np.random.Generator, *, pairs: int | None = None
@@ -123,7 +116,12 @@ class RecallText:
 
         Returns:
             Token ids, [n], of the same dtype.
+
+        Raises:
+            UsageError: `pairs` is negative or above what a kind has.
         """
+        if pairs is not None:
+            self._check("pairs", pairs, at_least=0)
         planted = input_ids.copy()
         room = len(input_ids) - 2
         drawn = self._draw(self.num_pairs(len(input_ids)) if pairs is None else pairs, rng)
@@ -151,6 +149,19 @@ class RecallText:
             planted[there] = planted[here] if pair.second is None else pair.second
             free[here] = free[there] = False
         return planted
+
+    def _check(self, name: str, number: int, at_least: int) -> None:
+        """Refuse a number of pairs that is too low, or above what one of the kinds has."""
+        limits = [(_MOST[kind], kind) for kind in split_kinds(self.kinds) if kind in _MOST]
+        most, kind = min(limits, default=(number, ""))
+        if not at_least <= number <= most:
+            allowed = f"at least {at_least}"
+            if limits:
+                allowed = f"from {at_least} to {most:,} (there are no more different {kind})"
+            raise UsageError(
+                f"{name} is {number}, but must be {allowed}. Leave it out for one pair per "
+                f"{TOKENS_PER_PAIR:,} tokens."
+            )
 
     def _draw(self, num: int, rng: np.random.Generator) -> list[_Pair]:
         """Draw pairs with different keys."""
@@ -183,22 +194,6 @@ class RecallText:
             _Pair(first, second, (len(first), len(second)))
             for first, second in zip(arrays[::2], arrays[1::2], strict=True)
         ]
-
-
-def split_kinds(kinds: str) -> tuple[str, ...]:
-    """Split the kinds of pairs that a setting names.
-
-    Raises:
-        UsageError: one is unknown or there twice.
-    """
-    found = tuple(kind.strip() for kind in kinds.split(","))
-    for kind in found:
-        if kind not in KINDS or found.count(kind) > 1:
-            raise UsageError(
-                f"recall_kinds is {kinds!r}; give one or more of {', '.join(KINDS)}, each once, "
-                "with commas between."
-            )
-    return found
 
 
 def _draw_codes(num: int, rng: np.random.Generator) -> list[tuple[str, str]]:

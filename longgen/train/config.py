@@ -11,8 +11,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from longgen.data.recall import DEFAULT_KINDS, split_kinds
 from longgen.errors import UsageError, what_changed
+from longgen.recall_kinds import DEFAULT_KINDS, split_kinds
 from longgen.training_setup import CHECKPOINTING, OFFLOADED, SHARDINGS, refuse_kept_products
 
 SWITCH = ("auto", "on", "off")
@@ -304,6 +304,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             "--help)."
         )
     for name, value in recipe.items():
+        if name == "recall_kinds" and isinstance(value, list):  # as natural as text with commas
+            value = ",".join(map(str, value))
         kinds = _IN_RECIPES.get(name)
         try:
             _check_kind(name, value, kinds or _kinds()[name])

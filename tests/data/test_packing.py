@@ -264,6 +264,29 @@ def test_recall_stays_within_pieces(tokenizer: Any) -> None:
     assert all_pairs >= 3 * len(data)  # a few are lost where a piece is too crowded
 
 
+def test_copies_stay_within_pieces(tokenizer: Any) -> None:
+    recall = RecallText(tokenizer, records_per_sequence=8, kinds="facts,copies")
+    lengths = [1, 2, recall.min_tokens - 1, recall.min_tokens] * 6 + [900] * 12 + [2000] * 3
+    # Every token stands once, so that a copy tells where it comes from.
+    view = view_of(lengths)
+    view.tokens = view.tokens + 1000
+    plain = PackedDataset(view, context=2000, seed=0)
+    data = PackedDataset(view, context=2000, seed=0, recall=recall, recall_share=1.0)
+    copied = 0
+    for before, after in zip(plain, data, strict=True):
+        ids, planted = before["input_ids"], after["input_ids"]
+        bounds = after["cu_seqlens"].tolist()
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            changed = planted[start:end] != ids[start:end]
+            if end - start < recall.min_tokens:
+                assert not changed.any()
+            tokens = planted[start:end][changed]
+            tokens = tokens[tokens >= 1000]
+            assert set(tokens.tolist()) <= set(ids[start:end].tolist())
+            copied += len(tokens)
+    assert copied > 16 * len(data)
+
+
 def test_share_of_rows_with_recall_is_a_function_of_the_index(tokenizer: Any) -> None:
     view = view_of([200] * 300)
     plain = PackedDataset(view, context=200, seed=0)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from longgen.data import RecallText
 from longgen.data import recall as recall_module
+from longgen.data.facts import draw_facts
 from longgen.errors import UsageError
 
 # The background: a token that no record holds, so that every planted token shows.
@@ -207,17 +208,24 @@ def test_distances_of_copies_are_uniform(tokenizer: Any) -> None:
     assert uniform_error(values) < uniform_bound(len(values))
 
 
-def test_facts_are_told_before_they_are_asked_for(tokenizer: Any) -> None:
+def test_facts_are_told_before_they_are_asked_for(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts: list[tuple[str, str]] = []
+
+    def draw(number: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+        facts.extend(draw_facts(number, rng))
+        return facts[-number:]
+
+    monkeypatch.setattr(recall_module, "draw_facts", draw)
     recall = RecallText(tokenizer, kinds="facts")
+    facts.clear()
     ids = plant(recall, 30_000, np.random.default_rng(0))
     told = tokenizer.decode(ids[ids != PLAIN])
-    lines = [line for line in told.split("\n") if line]
-    assert len(lines) == 60
-    values = [re.findall(r"\d{3,}|[A-Z]{2}-\d{4}|[a-z]+ [a-z]+(?=\W*$)", line) for line in lines]
-    # Each value that is a number of some length is there twice.
-    numbers = [one for line in values for one in line if one.isdigit() and len(one) > 4]
-    assert numbers
-    assert all(numbers.count(one) == 2 for one in numbers)
+    assert len(facts) == 30
+    assert sum(len(text) for pair in facts for text in pair) == len(told)
+    for statement, lookup in facts:
+        assert 0 <= told.find(statement) < told.rfind(lookup)
 
 
 def test_kinds_are_mixed_evenly(tokenizer: Any) -> None:
@@ -239,5 +247,20 @@ def test_kinds_that_are_refused(tokenizer: Any, kinds: str) -> None:
 
 def test_the_kind_with_fewest_decides_how_many_there_can_be(tokenizer: Any) -> None:
     RecallText(tokenizer, records_per_sequence=10_001)
-    with pytest.raises(UsageError, match=r"from 1 to 10,000 \(the number of different codes,facts"):
+    with pytest.raises(UsageError, match=r"from 1 to 10,000 \(there are no more different facts"):
         RecallText(tokenizer, kinds="codes,facts", records_per_sequence=10_001)
+    RecallText(tokenizer, kinds="copies", records_per_sequence=10**6)
+    with pytest.raises(UsageError, match="records_per_sequence is 0, but must be at least 1"):
+        RecallText(tokenizer, kinds="copies", records_per_sequence=0)
+    recall = RecallText(tokenizer, kinds="facts")
+    assert recall.num_pairs(10**9) == 10_000
+    for pairs in (-1, 10_001):
+        with pytest.raises(UsageError, match=f"pairs is {pairs}, but must be from 0 to 10,000"):
+            plant(recall, 1000, np.random.default_rng(0), pairs)
+
+
+def test_the_order_in_which_kinds_are_named_means_nothing(tokenizer: Any) -> None:
+    first, second = (RecallText(tokenizer, kinds=one) for one in ("facts,copies", "copies, facts"))
+    assert first.min_tokens == second.min_tokens
+    one, other = (recall.apply(ramp(9000), np.random.default_rng(0)) for recall in (first, second))
+    assert np.array_equal(one, other)

@@ -106,17 +106,25 @@ def test_settings_survive_their_record() -> None:
 
 def test_a_run_begun_before_there_was_a_setting_goes_on_with_its_default() -> None:
     now = config(recall_kinds=" facts, codes")
-    assert now.recall_kinds == "facts,codes"
+    assert now.recall_kinds == "codes,facts"
     earlier = config().to_dict()
     del earlier["recall_kinds"]
     assert config().differences(earlier) == []
-    assert now.differences(earlier) == ["recall_kinds was 'codes' and is now 'facts,codes'"]
+    assert now.differences(earlier) == ["recall_kinds was 'codes' and is now 'codes,facts'"]
 
 
 def recipe(folder: Path, text: str) -> Path:
     path = folder / "run.toml"
     path.write_text(text)
     return path
+
+
+def test_kinds_of_recall_may_be_a_list_in_a_recipe(tmp_path: Path) -> None:
+    assert read_recipe(recipe(tmp_path, 'recall_kinds = ["copies", "facts"]')) == {
+        "recall_kinds": "facts,copies"
+    }
+    with pytest.raises(UsageError, match=r"In the recipe .*recall_kinds is 'copies,3'; give one"):
+        read_recipe(recipe(tmp_path, 'recall_kinds = ["copies", 3]'))
 
 
 def test_a_recipe_holds_any_option_spelled_either_way(tmp_path: Path) -> None:
