@@ -17,9 +17,9 @@ from demo.twins_128k import (
     QUICK,
     claim,
     collect,
-    commands,
     cut_pieces,
     data_recipe,
+    queue_of,
     settings_of,
 )
 from longgen.cli.sources import read_data_recipe
@@ -110,7 +110,7 @@ def test_text_too_short_for_a_piece_is_refused(
 def test_training_is_begun_gone_on_with_and_left_out(tmp_path: Path) -> None:
     def found() -> list[list[str]]:
         places = tmp_path / "base", tmp_path / "packed", tmp_path / "pieces", tmp_path
-        return [list(map(str, words)) for words in commands("hybrid", *places, FULL)]
+        return [list(map(str, words)) for words in queue_of("hybrid", *places, FULL)]
 
     (begin, evaluation) = found()
     assert begin[:2] == ["extend", str(tmp_path / "base")]
