@@ -214,7 +214,6 @@ def extend(
             "or several, with commas.",
             _DATA,
             "KINDS",
-            "codes",
         ),
     ] = None,
     gradient_checkpointing: Annotated[

@@ -10,21 +10,18 @@ import pytest
 from longgen.data.facts import ATTRIBUTES, LOOKUPS, MOST_FACTS, STATEMENTS, draw_facts
 from longgen.evaluate.needle import ANSWER, CITIES, NEEDLE, QUESTION
 
+PLACES = {"subject": ".+?", "attribute": "|".join(map(re.escape, ATTRIBUTES)), "value": ".+?"}
+
 
 def matched(forms: tuple[str, ...], text: str) -> list[dict[str, str]]:
     """Return what stands in a text's places, for each form that it may have."""
     found = []
     for form in forms:
-        pattern = re.escape(form.format(subject="S@", attribute="A@", value="V@"))
-        attributes = "|".join(map(re.escape, ATTRIBUTES))
-        names = {"S@": "subject", "A@": "attribute", "V@": "value"}
-        for mark, group in (
-            ("S@", "(?P<subject>.+?)"),
-            ("A@", f"(?P<attribute>{attributes})"),
-            ("V@", "(?P<value>.+?)"),
-        ):
-            pattern = pattern.replace(re.escape(mark), group, 1)
-            pattern = pattern.replace(re.escape(mark), f"(?i:(?P={names[mark]}))")
+        marks = {name: f"@{name}@" for name in PLACES}
+        pattern = re.escape(form.format(**marks))
+        for name, mark in marks.items():
+            pattern = pattern.replace(mark, f"(?P<{name}>{PLACES[name]})", 1)
+            pattern = pattern.replace(mark, f"(?i:(?P={name}))")
         if match := re.fullmatch(f"\n{pattern}\n", text):
             found.append(match.groupdict())
     return found
