@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,32 @@ def needle(name: str) -> list[str]:
         "",
         f"n = {n} a cell of this table, 95 % Wilson intervals. " + provenance(results),
     ]
+
+
+def recall(name: str) -> list[str]:
+    """Return the table of benchmarks.recall_probe: what was planted, and found, by distance."""
+    results = newest(name)
+    edges = results["rows"][0]["edges"]
+    bins = [f"{say_tokens(a)} to {say_tokens(b)}" for a, b in pairwise(edges)]
+    bins[0] = f"up to {say_tokens(edges[1])}"
+    lines = [
+        f"| planted in 128K, found later | by | {' | '.join(bins)} | all |",
+        "|---|---|" + "---|" * (len(bins) + 1),
+    ]
+    for metric, words, prefix in (
+        ("recall_facts", "facts, in many wordings: whole numbers", ""),
+        ("recall_copies", "copies: their tokens", "token_"),
+        ("recall_codes", "records of codes, not practised: whole numbers", ""),
+    ):
+        found = rows_of(results, metric)
+        for variant in [name for name in LABELS if name in found]:
+            (row,) = found[variant].values()
+            cells = ["" if x is None else f"{x:.2f}" for x in row[f"{prefix}by_distance"]]
+            cells.append(f"{row[f'{prefix}value']:.3f} of {row['n']}")
+            label = LABELS[variant].partition(",")[0]
+            lines.append(f"| {words} | {label} | {' | '.join(cells)} |")
+            words = ""
+    return [*lines, "", provenance(results)]
 
 
 def attention_lengths(*names: str) -> list[str]:
@@ -395,7 +422,9 @@ def recipes() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "needle": lambda: needle("twins"),
-    "needle_128k": lambda: needle("twins-128k-230-steps"),
+    "needle_128k": lambda: needle("twins-128k"),
+    "recall_128k": lambda: recall("recall-128k"),
+    "needle_128k_codes": lambda: needle("twins-128k-230-steps"),
     "needle_128k_dense": lambda: needle("twins-128k-400-steps"),
     "kv": lambda: costs("demo"),
     "attention": lambda: attention("attention"),
@@ -412,6 +441,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "attention_small": lambda: attention("attention-small"),
     "training": lambda: training("train"),
     "train": lambda: train("train"),
+    "train_slice_1gpu": lambda: train("train-slice-1gpu"),
+    "train_slice_2gpus": lambda: train("train-slice-2gpus"),
     "train_2gpus": lambda: train("train-2gpus"),
     "train_whole": lambda: train("train-whole"),
     "recipes": recipes,

@@ -70,6 +70,7 @@ class DemoSettings:
             warmup_steps=min(10, self.steps // 4),
             recall_share=0.5,
             recall_records=self.recall_records,
+            recall_kinds="codes",
             allow_repeat=True,
             save_steps=50,
             gradient_checkpointing="auto" if torch.cuda.is_available() else "off",

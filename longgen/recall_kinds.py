@@ -5,7 +5,7 @@ from __future__ import annotations
 from longgen.errors import UsageError
 
 KINDS = ("codes", "facts", "copies")
-DEFAULT_KINDS = "codes"
+DEFAULT_KINDS = "facts,copies"
 
 
 def split_kinds(kinds: str) -> tuple[str, ...]:

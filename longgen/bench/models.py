@@ -54,6 +54,7 @@ def random_model(
     device: torch.device,
     seed: int,
     resident_layers: int | None = None,
+    kept_on: torch.device | None = None,
 ) -> Any:
     """Make a model with random weights on its device: none of them ever is on the CPU for a GPU.
 
@@ -68,8 +69,13 @@ def random_model(
         resident_layers: layers that have weights; the others use theirs over again, in turn. A
             layer's weights are far larger than any cache of the device, so that it takes as long as
             with its own. None is all.
+        kept_on: where the weights go, each when it is drawn, if not to the device: a CPU for what
+            is to be shared out among GPUs and fits none of them. All layers then have their own.
     """
     torch.manual_seed(seed)
+    if kept_on is not None:
+        assert resident_layers is None
+        return _drawn_one_by_one(config, dtype, device, kept_on)
     total = config.num_hidden_layers
     few = copy.deepcopy(config)
     if resident_layers is not None and resident_layers < total:
@@ -88,6 +94,27 @@ def random_model(
             for layer in range(int(first), total, few.num_hidden_layers):
                 state[f"{_LAYERS}{layer}.{rest}"] = state[name]
     return _with_parameters(config, state, dtype, device)
+
+
+def _drawn_one_by_one(
+    config: Any, dtype: torch.dtype, device: torch.device, kept_on: torch.device
+) -> Any:
+    """Return a model whose weights are drawn on a device, which is fast on a GPU, and kept on
+    another."""
+    with torch.device("meta"):
+        shapes: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    drawn: dict[torch.Tensor, torch.nn.Parameter] = {}
+    state = {}
+    for name, meta in shapes.state_dict(keep_vars=True).items():
+        if meta not in drawn:  # tied ones are one
+            values = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+            if meta.ndim > 1:
+                values.normal_(0, config.initializer_range)
+            else:
+                values.fill_(0 if name.endswith("bias") else 1)
+            drawn[meta] = torch.nn.Parameter(values.to(kept_on))
+        state[name] = drawn[meta]
+    return _with_parameters(config, state, dtype, kept_on)
 
 
 def stock_config(config: Any) -> Any:

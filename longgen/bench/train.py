@@ -231,16 +231,18 @@ class TrainBench:
             "communication": self._communication(step),
         }
 
-    def _communication(self, step: TrainStep) -> dict[str, float]:
-        """Make one more step to see what of it is communication: of the process with most."""
+    def _communication(self, step: TrainStep) -> dict[str, Any]:
+        """Make one more step to see what of it is communication: of the process with most, which
+        waits the longest, and of each."""
         if self.processes.count == 1 or self.settings.device.type != "cuda":
             return {}
         step.forget_gradients()
         self.processes.wait()
-        found = profile_communication(step.run)
+        all_found = self.processes.gather(profile_communication(step.run))
         return {
-            f"communication_{name}": max(self.processes.each(value))
-            for name, value in found._asdict().items()
+            "communication_seconds": max(found.seconds for found in all_found),
+            "communication_exposed_seconds": max(found.exposed_seconds for found in all_found),
+            "communication_by_process": [found._asdict() for found in all_found],
         }
 
     def _planned(self, name: str, length: int) -> dict[str, Any]:

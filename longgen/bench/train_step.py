@@ -109,10 +109,12 @@ def make_step(
     sharding = choose_sharding(setup.sharding, processes.count, on_gpu=device.type == "cuda")
     config = stock_config(base) if is_stock else planned_config(base, plan)
     # Sharded, the first process's weights come from its CPU.
-    place = torch.device("cpu") if sharding == "fsdp" else device
+    kept_on = torch.device("cpu") if sharding == "fsdp" else None
 
     def load() -> Any:
-        return random_model(config, dtype=torch.float32, device=place, seed=settings.seed)
+        return random_model(
+            config, dtype=torch.float32, device=device, seed=settings.seed, kept_on=kept_on
+        )
 
     if is_stock:
         model = _stock(settings, config, load, sharding, processes)

@@ -309,6 +309,7 @@ def extend(
     say = progress_lines()
 
     from longgen.train.extend import extend as run
+    from longgen.train.processes import Processes
 
     quiet_libraries()
     program = "longgen" if alone else "torchrun (as before) -m longgen"
@@ -324,6 +325,7 @@ def extend(
     if not record["finished"]:
         say(f"go on with: {on_again}")
         raise KeyboardInterrupt
+    Processes.leave()
     say(f"measure it with: longgen evaluate {config.out}")
 
 

@@ -30,14 +30,35 @@ class _Pair:
     """Hold what is planted in two places; for a copy, how long the passage is.
 
     Attributes:
+        kind: one of `longgen.recall_kinds.KINDS`.
         first, second: token ids of the earlier and the later place; None in a copy, where the
             second becomes what stands in the first.
         sizes: tokens in each.
     """
 
+    kind: str
     first: np.ndarray | None
     second: np.ndarray | None
     sizes: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """Say where a pair was planted.
+
+    Attributes:
+        kind: one of `longgen.recall_kinds.KINDS`.
+        first, second: the tokens of the earlier and the later place, as half-open ranges.
+    """
+
+    kind: str
+    first: range
+    second: range
+
+    @property
+    def distance(self) -> int:
+        """Give the tokens from the beginning of one to that of the other."""
+        return self.second.start - self.first.start
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +141,16 @@ class RecallText:
         Raises:
             UsageError: `pairs` is negative or above what a kind has.
         """
+        return self.plant(input_ids, rng, pairs=pairs)[0]
+
+    def plant(
+        self, input_ids: np.ndarray, rng: np.random.Generator, *, pairs: int | None = None
+    ) -> tuple[np.ndarray, list[Planted]]:
+        """Do what `apply` does, and return with the tokens where the pairs are, the farthest
+        first."""
         if pairs is not None:
             self._check("pairs", pairs, at_least=0)
-        planted = input_ids.copy()
+        planted, places = input_ids.copy(), []
         room = len(input_ids) - 2
         drawn = self._draw(self.num_pairs(len(input_ids)) if pairs is None else pairs, rng)
         longest = max((sum(pair.sizes) for pair in drawn), default=1)
@@ -148,7 +176,10 @@ class RecallText:
                 planted[here] = pair.first
             planted[there] = planted[here] if pair.second is None else pair.second
             free[here] = free[there] = False
-        return planted
+            places.append(
+                Planted(pair.kind, range(here.start, here.stop), range(there.start, there.stop))
+            )
+        return planted, places
 
     def _check(self, name: str, number: int, at_least: int) -> None:
         """Refuse a number of pairs that is too low, or above what one of the kinds has."""
@@ -179,7 +210,7 @@ class RecallText:
         if kind == "copies":
             low, high = COPIED_TOKENS
             sizes = rng.integers(low, high + 1, size=num).tolist()
-            return [_Pair(None, None, (size, size)) for size in sizes]
+            return [_Pair(kind, None, None, (size, size)) for size in sizes]
         draw = draw_facts if kind == "facts" else _draw_codes
         texts = [text for pair in draw(num, rng) for text in pair]
         if not texts:
@@ -191,7 +222,7 @@ class RecallText:
         )["input_ids"]
         arrays = [np.asarray(one) for one in ids]
         return [
-            _Pair(first, second, (len(first), len(second)))
+            _Pair(kind, first, second, (len(first), len(second)))
             for first, second in zip(arrays[::2], arrays[1::2], strict=True)
         ]
 

@@ -196,10 +196,14 @@ class ExtendConfig:
         }
         # A run of an earlier version has no word of settings that came later.
         defaults = {one.name: one.default for one in fields(self) if one.default is not MISSING}
-        mine, earlier = self.to_run(), _in_any_folder({**defaults, **earlier})
+        mine, earlier = self.to_run(), _in_any_folder({**defaults, **BEFORE, **earlier})
         return what_changed(
             earlier, {name: value for name, value in mine.items() if name not in free}
         )
+
+
+# What runs did before there was a setting, where its default is another.
+BEFORE = {"recall_kinds": "codes"}
 
 
 def _in_any_folder(settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from longgen.checkpoint import CONFIG, check_output
 from longgen.errors import UsageError
-from longgen.train.config import ExtendConfig
+from longgen.train.config import BEFORE, ExtendConfig
 
 RUN = "run.json"
 HELDOUT = "heldout.npy"
@@ -37,7 +37,7 @@ def read_run(out: str | Path) -> dict[str, Any] | None:
         raise UsageError(f"{path} is damaged ({error}). Give another --out.") from None
     if not isinstance(settings, dict):
         raise UsageError(f"{path} does not hold the settings of a run. Give another --out.")
-    return settings
+    return {**BEFORE, **settings}
 
 
 def check_folder(config: ExtendConfig, resume: bool) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -126,6 +126,14 @@ class Processes:
         values[self.rank] = value
         return self.sum(values)
 
+    def gather(self, value: T) -> list[T]:
+        """Return what all processes have, by rank; it must pickle."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
     def least_memory(self, gpus: GpuGroup | None) -> int | None:
         """Return the bytes of the smallest card of all processes: cards may differ, but what is
         exchanged must not. None without a GPU, as on all of them then.
@@ -142,3 +150,12 @@ class Processes:
     def wait(self) -> None:
         """Go on when all processes have come here."""
         self.sum([0.0])
+
+    @staticmethod
+    def leave() -> None:
+        """End what `start` began, when all has gone well: NCCL warns of groups that are left open.
+
+        Where a process fails it isn't called, for it waits for the others.
+        """
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -33,3 +33,26 @@ def test_what_nothing_hides(
         found = communication_of(order)
         assert found.seconds == pytest.approx(seconds)
         assert found.exposed_seconds == pytest.approx(exposed)
+
+
+def test_kinds_of_kernels_are_told_apart() -> None:
+    found = communication_of(
+        [
+            (GATHER, 0, 4),
+            ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(args)", 3, 6),
+            (SEND, 7, 8),
+            (SEND, 7.5, 9),
+            ("ncclKernel_AllReduce", 10, 11),
+            ("nccl:_all_gather_base", 20, 21),
+            ("gemm", 2, 5),
+        ]
+    )
+    assert found.kinds == {
+        "AllGather": (4, 2),
+        "AllReduce": (1, 1),
+        "ReduceScatter": (3, 1),
+        "SendRecv": (2, 2),
+        "other": (1, 1),
+    }
+    # What two kinds do at a time counts once in all.
+    assert (found.seconds, found.exposed_seconds) == (10, 7)

@@ -78,6 +78,34 @@ def test_the_seed_decides_the_weights() -> None:
     assert torch.equal(logits(a), logits(b)) and not torch.equal(logits(a), logits(c))
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-7b", "qwen3-8b"])
+def test_weights_drawn_one_by_one_are_like_transformers_own(name: str) -> None:
+    """Ties, biases of zero, norms of one, and the same spread; drawn by the seed."""
+    how: Any = {"dtype": torch.float32, "device": CPU}
+    config = planned_config(shape_config(small(name), 512), LayerPlan.build(3))
+    expected = random_model(config, seed=0, **how)
+    found, again, other = (
+        random_model(config, seed=seed, kept_on=CPU, **how) for seed in (0, 0, 1)
+    )
+    assert type(found) is type(expected) and found.config.layer_plan == config.layer_plan
+    tied = found.lm_head.weight is found.model.embed_tokens.weight
+    assert tied == (name == "smollm2-135m")
+    theirs = dict(expected.named_parameters())
+    assert theirs.keys() == dict(found.named_parameters()).keys()
+    for key, weight in found.named_parameters():
+        assert weight.dtype == torch.float32 and weight.requires_grad
+        if weight.ndim == 1:
+            assert torch.equal(weight, theirs[key]), key
+        else:
+            for drawn in (weight, theirs[key]):
+                # Five standard errors of a spread, and of a mean.
+                error = 5 / (2 * drawn.numel()) ** 0.5
+                assert float(drawn.std()) == pytest.approx(config.initializer_range, rel=error)
+                assert abs(drawn.mean()) < 2 * error * config.initializer_range, key
+    assert torch.equal(logits(found), logits(again)) and logits(found).isfinite().all()
+    assert not torch.equal(logits(found), logits(other))
+
+
 def test_a_checkpoint_keeps_its_rotary_base(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -106,7 +106,7 @@ def test_every_epoch_of_a_set_has_each_of_its_rows_once(pack: Pack) -> None:
 
 def test_an_item_depends_on_its_index_alone(pack: Pack, tokenizer: Any) -> None:
     folder = pack((2, 1, 1))
-    recall = RecallText(tokenizer)
+    recall = RecallText(tokenizer, kinds="codes")
 
     def opened(seed: int = 3) -> Mixture:
         parts = [Part(folder, None)]

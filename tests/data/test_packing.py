@@ -232,7 +232,7 @@ def test_no_tokens_are_refused() -> None:
 
 
 def test_recall_stays_within_pieces(tokenizer: Any) -> None:
-    recall = RecallText(tokenizer, records_per_sequence=4)
+    recall = RecallText(tokenizer, kinds="codes", records_per_sequence=4)
     # Pieces below recall.min_tokens, some above, and one of a whole row.
     lengths = [recall.min_tokens - 1] * 8 + [900] * 24 + [5000, 1500]
     # No token of the vocabulary of 320, so that what was planted shows.
@@ -288,7 +288,9 @@ def test_share_of_rows_with_recall_is_a_function_of_the_index(tokenizer: Any) ->
     view = view_of([200] * 300)
     plain = PackedDataset(view, context=200, seed=0)
     data, again = (
-        PackedDataset(view, context=200, seed=0, recall=RecallText(tokenizer), recall_share=0.3)
+        PackedDataset(
+            view, context=200, seed=0, recall=RecallText(tokenizer, kinds="codes"), recall_share=0.3
+        )
         for _ in range(2)
     )
     planted = [not torch.equal(plain[i]["input_ids"], data[i]["input_ids"]) for i in range(600)]
@@ -297,5 +299,5 @@ def test_share_of_rows_with_recall_is_a_function_of_the_index(tokenizer: Any) ->
     assert planted[:300] != planted[300:]  # another choice in another epoch
     for i in (599, 4, 301, 4):
         assert torch.equal(again[i]["input_ids"], data[i]["input_ids"])
-    none = PackedDataset(view, context=200, seed=0, recall=RecallText(tokenizer))
+    none = PackedDataset(view, context=200, seed=0, recall=RecallText(tokenizer, kinds="codes"))
     assert all(torch.equal(none[i]["input_ids"], plain[i]["input_ids"]) for i in range(50))

@@ -84,7 +84,7 @@ def plant(
 def test_records_and_lookups_are_whole_and_match(
     tokenizer: Any, number: int, pairs: int | None, seed: int
 ) -> None:
-    recall = RecallText(tokenizer)
+    recall = RecallText(tokenizer, kinds="codes")
     ids = plant(recall, number, np.random.default_rng(seed), pairs)
     assert ids.shape == (number,)
     assert ids.dtype == np.int64
@@ -104,22 +104,25 @@ def test_records_and_lookups_are_whole_and_match(
 
 
 def test_default_density_is_a_pair_per_thousand_tokens(tokenizer: Any) -> None:
-    recall = RecallText(tokenizer)
+    recall = RecallText(tokenizer, kinds="codes")
     for number, pairs in ((300, 1), (1000, 1), (4000, 4), (32_768, 33)):
         assert len(pairs_in(plant(recall, number, np.random.default_rng(0)), tokenizer)) == pairs
-    recall = RecallText(tokenizer, records_per_sequence=3)
+    recall = RecallText(tokenizer, kinds="codes", records_per_sequence=3)
     assert len(pairs_in(plant(recall, 32_768, np.random.default_rng(0)), tokenizer)) == 3
 
 
 def test_keys_are_drawn_without_repeating(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recall_module, "NUM_KEYS", 300)
-    found = pairs_in(plant(RecallText(tokenizer), 80_000, np.random.default_rng(0), 300), tokenizer)
+    found = pairs_in(
+        plant(RecallText(tokenizer, kinds="codes"), 80_000, np.random.default_rng(0), 300),
+        tokenizer,
+    )
     assert len({record.key for record, _ in found}) == len(found) == 300
 
 
 @pytest.mark.parametrize(("number", "draws"), [(150, 2000), (2000, 2000), (8000, 250)])
 def test_distances_and_places_are_uniform(tokenizer: Any, number: int, draws: int) -> None:
-    recall = RecallText(tokenizer)
+    recall = RecallText(tokenizer, kinds="codes")
     rng = np.random.default_rng(number)
     distances, places = [], []
     for _ in range(draws):
@@ -139,7 +142,7 @@ def test_distances_and_places_are_uniform(tokenizer: Any, number: int, draws: in
 
 
 def test_same_random_state_same_text(tokenizer: Any) -> None:
-    recall = RecallText(tokenizer)
+    recall = RecallText(tokenizer, kinds="codes")
     first, second, other = (plant(recall, 5000, np.random.default_rng(s)) for s in (3, 3, 4))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
@@ -147,7 +150,7 @@ def test_same_random_state_same_text(tokenizer: Any) -> None:
 
 def test_input_is_left_as_it_was(tokenizer: Any) -> None:
     ids = np.full(500, PLAIN, dtype=np.uint16)
-    planted = RecallText(tokenizer).apply(ids, np.random.default_rng(0))
+    planted = RecallText(tokenizer, kinds="codes").apply(ids, np.random.default_rng(0))
     assert (ids == PLAIN).all()
     assert planted.dtype == np.uint16
     assert (planted != PLAIN).any()
@@ -156,7 +159,7 @@ def test_input_is_left_as_it_was(tokenizer: Any) -> None:
 @pytest.mark.parametrize("asked", [0, -3, 10**9])
 def test_numbers_of_records_that_are_refused(tokenizer: Any, asked: int) -> None:
     with pytest.raises(UsageError, match=f"records_per_sequence is {asked}"):
-        RecallText(tokenizer, records_per_sequence=asked)
+        RecallText(tokenizer, kinds="codes", records_per_sequence=asked)
 
 
 def ramp(number: int) -> np.ndarray:
@@ -246,7 +249,7 @@ def test_kinds_that_are_refused(tokenizer: Any, kinds: str) -> None:
 
 
 def test_the_kind_with_fewest_decides_how_many_there_can_be(tokenizer: Any) -> None:
-    RecallText(tokenizer, records_per_sequence=10_001)
+    RecallText(tokenizer, kinds="codes", records_per_sequence=10_001)
     with pytest.raises(UsageError, match=r"from 1 to 10,000 \(there are no more different facts"):
         RecallText(tokenizer, kinds="codes,facts", records_per_sequence=10_001)
     RecallText(tokenizer, kinds="copies", records_per_sequence=10**6)
@@ -264,3 +267,34 @@ def test_the_order_in_which_kinds_are_named_means_nothing(tokenizer: Any) -> Non
     assert first.min_tokens == second.min_tokens
     one, other = (recall.apply(ramp(9000), np.random.default_rng(0)) for recall in (first, second))
     assert np.array_equal(one, other)
+
+
+def test_places_are_where_pairs_are(tokenizer: Any) -> None:
+    recall = RecallText(tokenizer, kinds="codes,facts,copies", records_per_sequence=25)
+    before = ramp(20_000)
+    after, places = recall.plant(before, np.random.default_rng(3))
+    assert np.array_equal(after, recall.apply(before, np.random.default_rng(3)))
+    assert {place.kind for place in places} == {"codes", "facts", "copies"}
+    assert len(places) == 25
+    assert [place.distance for place in places] == sorted(
+        (p.distance for p in places), reverse=True
+    )
+    touched = np.zeros(len(after), dtype=int)
+    for place in places:
+        first, second = after[list(place.first)], after[list(place.second)]
+        touched[list(place.first)] += 1
+        touched[list(place.second)] += 1
+        assert place.distance == place.second[0] - place.first[0] > 0
+        if place.kind == "copies":
+            assert np.array_equal(first, second)
+            assert np.array_equal(first, before[list(place.first)])
+        elif place.kind == "codes":
+            assert SPAN.fullmatch(tokenizer.decode(first))[1] == "Record"
+            assert SPAN.fullmatch(tokenizer.decode(second))[1] != "Record"
+        else:
+            for ids in (first, second):
+                text = tokenizer.decode(ids)
+                assert text[0] == text[-1] == "\n" and "has code" not in text
+    # Nothing else is changed, and nothing twice.
+    assert touched.max() == 1
+    assert np.array_equal(after[touched == 0], before[touched == 0])

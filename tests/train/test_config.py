@@ -1,5 +1,6 @@
 """Settings of a run: what is refused, what a resumed run may change, what recipes hold."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from longgen.errors import UsageError
 from longgen.train.config import ExtendConfig, read_recipe
+from longgen.train.folder import read_run
 
 FIELDS: dict[str, Any] = {
     "model": "base",
@@ -104,13 +106,17 @@ def test_settings_survive_their_record() -> None:
     ]
 
 
-def test_a_run_begun_before_there_was_a_setting_goes_on_with_its_default() -> None:
+def test_a_run_begun_before_there_was_a_setting_goes_on_as_it_was(tmp_path: Path) -> None:
     now = config(recall_kinds=" facts, codes")
     assert now.recall_kinds == "codes,facts"
-    earlier = config().to_dict()
-    del earlier["recall_kinds"]
-    assert config().differences(earlier) == []
+    earlier = config(recall_kinds="codes").to_dict()
+    del earlier["recall_kinds"], earlier["compile"]
+    assert config(recall_kinds="codes").differences(earlier) == []
+    assert config().differences(earlier) == ["recall_kinds was 'codes' and is now 'facts,copies'"]
     assert now.differences(earlier) == ["recall_kinds was 'codes' and is now 'codes,facts'"]
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "run.json").write_text(json.dumps(earlier))
+    assert ExtendConfig(**(read_run(tmp_path) or {})).differences(earlier) == []
 
 
 def recipe(folder: Path, text: str) -> Path:

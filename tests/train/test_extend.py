@@ -359,7 +359,7 @@ def test_more_records_than_there_are_keys_are_refused_before_anything_is_read(
 ) -> None:
     config = settings(recall_share=1.0, recall_records=1_000_000)
     lines: list[str] = []
-    with pytest.raises(UsageError, match="1000000, but must be from 1 to 345,960"):
+    with pytest.raises(UsageError, match="1000000, but must be from 1 to 10,000"):
         extend(config, say=lines.append)
     assert lines == [] and not Path(config.out).exists()
 

@@ -256,6 +256,7 @@ def train(
     quiet_libraries()
     run = TrainBench(settings, base_config(model, settings), processes, on_row=flush, say=say)
     run_to_end(run.run, file, say)
+    processes.leave()
     if not is_first_process():
         return
     report(

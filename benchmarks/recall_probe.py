@@ -1,0 +1,201 @@
+"""Ask models for what was planted in text, by kind and distance, as in practice of recall.
+
+    python -m benchmarks.recall_probe hybrid=DIR full=DIR --text DIR --context 128K --out FILE
+
+The needle evaluation asks one question of many texts, at the end of each; this asks some hundred
+of each text, wherever they stand. `longgen.data.RecallText` plants pairs of one kind at a time in
+held-out text, a model reads it once, and of each second place counts whether it gives the
+number that stands there (in copies the tokens after the first few), each token after the right
+ones before it. All models are asked the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from longgen.checkpoint import load_model, load_tokenizer
+from longgen.cli.options import parse_tokens
+from longgen.data import RecallText
+from longgen.data.recall import TOKENS_PER_PAIR, Planted
+from longgen.errors import UsageError
+from longgen.evaluate.results import say_tokens, write_results
+from longgen.evaluate.text import plain_ids
+from longgen.recall_kinds import KINDS
+
+SEED = 7
+MOST_TEXTS = 7
+# From here on a copied passage can be known to be one.
+COPY_LEAD = 8
+# Shorter numbers could be guessed; facts' values are words as well, which aren't asked for.
+MIN_DIGITS = 3
+_PARTS = 16  # distances are told apart to a sixteenth of the context
+
+Row = dict[str, Any]
+
+
+def asked(pair: Planted, ids: np.ndarray, digits: dict[int, int]) -> list[int]:
+    """Return the positions of the tokens that a pair's second place asks for; none if it has no
+    number.
+
+    Args:
+        pair: where it was planted.
+        ids: the text with it, [n].
+        digits: how many digits a token has, for those of digits alone.
+    """
+    if pair.kind == "copies":
+        return list(pair.second)[COPY_LEAD:]
+    last = [i for i in pair.second if int(ids[i]) in digits][-1:]
+    while last and last[0] - 1 in pair.second and int(ids[last[0] - 1]) in digits:
+        last.insert(0, last[0] - 1)
+    return last if sum(digits[int(ids[i])] for i in last) >= MIN_DIGITS else []
+
+
+@torch.no_grad()
+def probe(model: Any, tokenizer: Any, texts: Sequence[Sequence[int]]) -> list[Row]:
+    """Ask a model, and return a row for each question.
+
+    Args:
+        model: a causal language model, on its device.
+        tokenizer: its own.
+        texts: token ids of each text.
+
+    Returns:
+        Mappings of `kind`, `text` (which), `distance` (in tokens), `right` (whether all tokens
+        are), `share` (of tokens that are right) and `loss` (nats a token).
+    """
+    digits = {
+        i: len(word)
+        for i in range(len(tokenizer))
+        if (word := tokenizer.decode([i]).strip()).isdigit()
+    }
+    rows: list[Row] = []
+    for kind in KINDS:
+        for number, text in enumerate(texts):
+            practice = RecallText(
+                tokenizer, kinds=kind, records_per_sequence=max(1, len(text) // TOKENS_PER_PAIR)
+            )
+            ids, pairs = practice.plant(np.array(text), np.random.default_rng((SEED, number)))
+            hidden = model.model(
+                torch.tensor(ids, device=model.device)[None], use_cache=False
+            ).last_hidden_state[0]
+            for pair in pairs:
+                places = asked(pair, ids, digits)
+                if not places:
+                    continue
+                logits = model.lm_head(hidden[[i - 1 for i in places]]).float()
+                targets = torch.tensor(ids[places], device=logits.device)
+                hits = (logits.argmax(-1) == targets).float()
+                rows.append(
+                    {
+                        "kind": kind,
+                        "text": number,
+                        "distance": pair.distance,
+                        "right": bool(hits.all()),
+                        "share": hits.mean().item(),
+                        "loss": F.cross_entropy(logits, targets).item(),
+                    }
+                )
+    return rows
+
+
+def summarize(rows: Sequence[Row], variant: str, context: int) -> list[Row]:
+    """Return results rows: of each kind, the mean and that by distance, in edges that double.
+
+    A kind's `value` is the share of questions answered in every token; `token_value` that of
+    tokens, which says more of copies, the passages of which are long.
+    """
+    edges = [0, *(context // part for part in (_PARTS, _PARTS // 2, 4, 2)), context * 3 // 4]
+    edges.append(context)
+    found = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        bins = [
+            [row for row in own if low <= row["distance"] < high] for low, high in pairwise(edges)
+        ]
+
+        def mean(of: Sequence[Row], what: str) -> float | None:
+            return float(np.mean([row[what] for row in of])) if of else None
+
+        found.append(
+            {
+                "case": f"recall_{kind}.{variant}",
+                "length": context,
+                "unit": "share of questions",
+                "value": mean(own, "right"),
+                "token_value": mean(own, "share"),
+                "loss": mean(own, "loss"),
+                "n": len(own),
+                "edges": edges,
+                "n_by_distance": [len(of) for of in bins],
+                "by_distance": [mean(of, "right") for of in bins],
+                "token_by_distance": [mean(of, "share") for of in bins],
+            }
+        )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("models", nargs="+", metavar="NAME=DIR", help="hybrid=DIR full=DIR")
+    parser.add_argument("--text", type=Path, required=True, help="held-out texts (.txt)")
+    parser.add_argument("--context", default="128K", help="tokens of each text; it is cut there")
+    parser.add_argument("--out", type=Path, required=True, help="results file (.json)")
+    given = parser.parse_args(argv)
+    try:
+        rows = measure(given)
+    except UsageError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    # Folders say nothing to others.
+    names = " ".join(f"{one.partition('=')[0]}=DIR" for one in given.models)
+    command = f"python -m benchmarks.recall_probe {names} --text DIR --context {given.context}"
+    print(write_results(given.out, "recall", rows, command=command, seed=SEED))
+    return 0
+
+
+def measure(given: argparse.Namespace) -> list[Row]:
+    """Return the results rows of all models.
+
+    Raises:
+        UsageError: there is no such checkpoint, or no text is long enough.
+    """
+    context = parse_tokens(given.context)
+    gpu = torch.cuda.is_available()
+    rows = []
+    for one in given.models:
+        name, equals, folder = one.partition("=")
+        if not equals:
+            raise UsageError(f"{one} has no name; give NAME=DIR, as in hybrid=out/hybrid.")
+        tokenizer = load_tokenizer(folder)
+        texts: list[list[int]] = []
+        for path in sorted(given.text.glob("*.txt")):
+            ids = plain_ids(path.read_text(encoding="utf-8", errors="replace"), tokenizer)
+            if len(ids) >= context and len(texts) < MOST_TEXTS:
+                texts.append(ids[:context])
+        if not texts:
+            raise UsageError(
+                f"No text (.txt) in {given.text} has {context:,} tokens; give longer ones, or a "
+                "shorter --context."
+            )
+        dtype = torch.bfloat16 if gpu else torch.float32
+        model = load_model(folder, dtype=dtype, device="cuda" if gpu else "cpu").eval()
+        found = summarize(probe(model, tokenizer, texts), name, context)
+        for row in found:
+            share = f"{row['value']:.2f} of {row['n']} answered" if row["n"] else "nothing asked"
+            print(f"{row['case']} at {say_tokens(context)}: {share}", flush=True)
+        rows += found
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
