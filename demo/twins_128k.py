@@ -178,9 +178,10 @@ def cut_pieces(folder: Path, tokenizer: PreTrainedTokenizerBase, length: int, ou
     """Cut texts into pieces of `length` tokens, each of one text, as many as the loss has windows;
     returns how many there are.
 
-    `longgen evaluate` lays its windows for the loss over the text as it comes: over pieces of
-    one token more than a window has, each window is one piece. A piece begins up to `_TRIES`
-    tokens later where its text would otherwise be tokenized to another number of tokens.
+    Needles are hidden in them and the loss is taken over them, so that it is of the same text in
+    the same places whichever way windows are laid: a piece has one token more than a window, and
+    each window is one. A piece begins up to `_TRIES` tokens later where its text would otherwise be
+    tokenized to another number of tokens.
 
     Args:
         folder: text files (.txt).

@@ -220,6 +220,7 @@ def _original_context(model: str, shape: ModelShape) -> int | None:
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     """Print one line for each length and model, with a column for each figure that was measured."""
+    from longgen.evaluate.report import say_windows
     from longgen.evaluate.results import VARIANTS, say_runtimes
 
     columns = {
@@ -251,6 +252,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
                     cells.append("-" if row["value"] is None else columns[metric][1](row))
             table.add_row(f"{length:,}", *cells)
     stdout_console().print(table)
+    if windows := say_windows([row for (metric, *_), row in found.items() if metric == "loss"]):
+        stdout_console().print(windows)
     costs = [row for (metric, *_), row in found.items() if metric in ("kv_bytes", "prefill")]
     if runtimes := say_runtimes(costs, VARIANTS):
         stdout_console().print(runtimes)

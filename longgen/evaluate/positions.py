@@ -1,8 +1,9 @@
 """Loss by position: does the model go on using its context, the further it reads?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from longgen.engine.step import Step, hidden_states
 from longgen.errors import UsageError
 from longgen.evaluate.asking import STEP_TOKENS, evaluating
 from longgen.evaluate.needle import Tokens
+from longgen.evaluate.results import Row
 from longgen.runtime import ENGINE, TRANSFORMERS, runtime_of
 
 # Unless asked otherwise.
@@ -37,6 +39,9 @@ class PositionLoss:
         mean: nats per token, shape (buckets,).
         standard_error: of `mean` over the windows, shape (buckets,); None with a single window.
         by_window: mean of every window, nats per token.
+        starts: where every window begins, in tokens of the text.
+        within_documents: whether every window lies within one document; None where nobody said
+            where documents begin.
         runtime: what ran the model, `longgen.runtime`'s name of it.
     """
 
@@ -46,6 +51,8 @@ class PositionLoss:
     mean: tuple[float, ...]
     standard_error: tuple[float, ...] | None
     by_window: tuple[float, ...] = ()
+    starts: tuple[int, ...] = ()
+    within_documents: bool | None = None
     runtime: str = TRANSFORMERS
 
     @property
@@ -67,6 +74,8 @@ class PositionLoss:
                 "mean": list(self.mean),
                 "standard_error": errors,
                 "by_window": list(self.by_window),
+                "starts": list(self.starts),
+                "within_documents": self.within_documents,
                 "runtime": self.runtime,
             }
         ]
@@ -79,6 +88,64 @@ def window_starts(num_tokens: int, span: int, context: int, num_windows: int) ->
     return [i * (num_tokens - span) // max(1, windows - 1) for i in range(windows)]
 
 
+def lay_windows(
+    num_tokens: int,
+    span: int,
+    context: int,
+    num_windows: int,
+    document_starts: Sequence[int] | np.ndarray | None = None,
+) -> tuple[list[int], bool | None]:
+    """Return where windows begin, in order, and whether each lies within one document.
+
+    Windows keep to documents of at least `span` tokens, and each of those gets as many as the
+    others as far as it has room. Where no document is so long, or nobody says where documents
+    begin (None), they lie over the text as a whole.
+
+    Args:
+        num_tokens: of the text, at least `span`.
+        span: tokens that a window touches.
+        context: tokens from one window of a document to the next, at least.
+        num_windows: at most.
+        document_starts: where each document begins, in tokens, shape (documents,).
+
+    Raises:
+        UsageError: the documents' starts do not go from 0 up, within the text.
+    """
+    whole = window_starts(num_tokens, span, context, num_windows)
+    if document_starts is None:
+        return whole, None
+    begins = np.asarray(document_starts)
+    lengths = np.diff(begins, append=num_tokens)
+    if not len(begins) or begins[0] != 0 or (lengths < 0).any():
+        raise UsageError(
+            f"Documents must begin at 0 and then one after another within the {num_tokens:,} tokens"
+            f" of the text; got starts {begins.tolist()[:8]}."
+        )
+    fitting = [(b, n) for b, n in zip(begins.tolist(), lengths.tolist(), strict=True) if n >= span]
+    if not fitting:
+        return whole, False
+    shares = _shares([1 + (length - span) // context for _, length in fitting], num_windows)
+    starts = [
+        begin + start
+        for (begin, length), share in zip(fitting, shares, strict=True)
+        for start in window_starts(length, span, context, share)
+    ]
+    return starts, True
+
+
+def _shares(rooms: Sequence[int], num_windows: int) -> list[int]:
+    """Deal windows out to documents that have room for so many each, one to each in every round."""
+    shares = [0] * len(rooms)
+    left = num_windows
+    while left and (takers := [d for d, room in enumerate(rooms) if shares[d] < room]):
+        # Fewer windows than documents are spread over these as windows are over tokens.
+        chosen = window_starts(len(takers), 1, 1, left)
+        for i in chosen:
+            shares[takers[i]] += 1
+        left -= len(chosen)
+    return shares
+
+
 def loss_by_position(
     model: PreTrainedModel,
     tokens: Tokens,
@@ -86,6 +153,7 @@ def loss_by_position(
     *,
     num_windows: int = LOSS_WINDOWS,
     num_buckets: int = LOSS_BUCKETS,
+    document_starts: Sequence[int] | np.ndarray | None = None,
     bos_token_id: int | None = None,
     kv_dtype: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -107,6 +175,9 @@ def loss_by_position(
         num_windows: windows, spread evenly over the text without overlap, as many as the text holds
             at most.
         num_buckets: equal buckets of position.
+        document_starts: where each document of the text begins, in tokens, shape (documents,).
+            Windows then keep to documents, as `lay_windows` says: where a second document begins
+            within a window, the loss rises whatever the model makes of its context.
         bos_token_id: put before every window, where the tokenizer starts sequences with it. The
             window then reads context - 1 tokens of text, and its first prediction is made from bos.
         kv_dtype: of keys and values, as `Engine` takes it; only for hybrids.
@@ -114,7 +185,7 @@ def loss_by_position(
 
     Raises:
         UsageError: the text is shorter than one window and the token that follows it, or a count
-            makes no sense.
+            or the documents' starts make no sense.
     """
     runtime = runtime_of(model)
     if kv_dtype is not None and runtime != ENGINE:
@@ -138,7 +209,7 @@ def loss_by_position(
             f"The held-out text has {len(text):,} tokens, and loss by position over a context of"
             f" {context:,} needs at least {span:,}; give more text or ask for a shorter context."
         )
-    starts = window_starts(len(text), span, context, num_windows)
+    starts, within = lay_windows(len(text), span, context, num_windows, document_starts)
     windows = len(starts)
     edges = [context * i // num_buckets for i in range(num_buckets + 1)]
     read: Callable[[torch.Tensor], Iterator[torch.Tensor]]
@@ -158,8 +229,37 @@ def loss_by_position(
         mean=tuple(means.mean(axis=0).tolist()),
         standard_error=None if error is None else tuple(error.tolist()),
         by_window=tuple((means @ (np.diff(edges) / context)).tolist()),
+        starts=tuple(starts),
+        within_documents=within,
         runtime=runtime,
     )
+
+
+def rows_of_windows(
+    rows: Sequence[Row],
+    num_tokens: int,
+    num_windows: int,
+    document_starts: Sequence[int] | np.ndarray | None,
+    bos_token_id: int | None,
+) -> list[dict[str, Any]]:
+    """Return those of a text's results rows whose windows lie where `loss_by_position` lays them.
+
+    The same tokens may be other documents. Rows from before windows kept to documents don't say
+    where theirs lay, which was over the text as a whole; where it still is, they are told so.
+
+    Args:
+        rows: results rows of the same text, with the same number of windows asked for.
+        num_tokens: of the text.
+        num_windows, document_starts, bos_token_id: as `loss_by_position` takes them.
+    """
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        context = row["length"]
+        size = (num_tokens, context + (bos_token_id is None), context, num_windows)
+        starts, within = lay_windows(*size, document_starts)
+        if row.get("starts", window_starts(*size)) == starts:
+            found.append({**row, **({"within_documents": False} if within is False else {})})
+    return found
 
 
 class _EngineReader:

@@ -190,9 +190,27 @@ def comparison_table(
         for group in found.get(metric, {}).values()
         for row in group
     ]
-    caption = [needle] * bool(found.get("needle")) + [say_runtimes(costs, shown)]
+    losses = [row for group in found.get("loss", {}).values() for row in group]
+    caption = [needle] * bool(found.get("needle"))
+    caption += [say_windows(losses), say_runtimes(costs, shown)]
     header = ["", *(shown.get(name, name) for name in order)]
     return Table(header, lines, " ".join(filter(None, caption)))
+
+
+def say_windows(rows: Rows) -> str:
+    """Say in a sentence where windows of the loss lay across documents; "" where none is known to.
+
+    Args:
+        rows: results rows of `loss`; those from before windows kept to documents know nothing.
+    """
+    lengths = sorted({row["length"] for row in rows if row.get("within_documents") is False})
+    if not lengths:
+        return ""
+    over = " and ".join(map(say_tokens, lengths))
+    return (
+        f"Loss over {over}: no document is long enough, so windows lie across documents, and the "
+        "loss may rise where one begins."
+    )
 
 
 def _say(metric: str, row: Row | None) -> str:

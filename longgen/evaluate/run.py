@@ -19,10 +19,16 @@ from longgen.evaluate.cost import Cost, measure_cost
 from longgen.evaluate.kv_dtypes import say_difference, write_comparison
 from longgen.evaluate.needle import NeedleCell, NeedleResult, NeedleTask, Tokens
 from longgen.evaluate.plots import plot_decode_time, plot_kv_bytes, plot_loss, plot_needle
-from longgen.evaluate.positions import LOSS_BUCKETS, LOSS_WINDOWS, loss_by_position
-from longgen.evaluate.report import Picture
+from longgen.evaluate.positions import (
+    LOSS_BUCKETS,
+    LOSS_WINDOWS,
+    loss_by_position,
+    rows_of_windows,
+)
+from longgen.evaluate.report import Picture, say_windows
 from longgen.evaluate.results import say_bytes, say_tokens
 from longgen.evaluate.saved import Rows, SavedResults
+from longgen.evaluate.text import Text
 from longgen.hf import is_hybrid
 from longgen.runtime import ENGINE, runtime_of
 
@@ -44,7 +50,7 @@ Say = Callable[[str], None]
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    heldout: Tokens,
+    heldout: Tokens | Text,
     out: str | Path,
     *,
     variant: str | None = None,
@@ -76,6 +82,7 @@ def evaluate_model(
             go beyond its context: that is where it is to be compared.
         tokenizer: the model's tokenizer.
         heldout: text that the model was not trained on, as token ids; special tokens are left out.
+            Where it says where documents begin, the loss is taken within documents.
         out: folder for the results.
         variant: what results call the model; by default `variant_of(model.config)`.
         model_name: stands in the title of the needle picture; by default the variant.
@@ -133,7 +140,7 @@ def evaluate_model(
             Path(out),
             model,
             tokenizer,
-            text,
+            text.ids,
             variant=f"{own}_{kv_dtype}" if kv_dtype else own,
             seed=seed,
             kv_dtype=kv_dtype,
@@ -141,7 +148,7 @@ def evaluate_model(
             say=say,
         )
         if "needle" in only:
-            _needle(model, tokenizer, text, task, saved)
+            _needle(model, tokenizer, text.ids, task, saved)
         if "loss" in only:
             bos = _leading_bos(tokenizer)
             _loss(model, text, longest, loss_windows, bos, saved)
@@ -189,22 +196,22 @@ def default_lengths(context: int) -> tuple[int, ...]:
 
 
 def usable_text(
-    heldout: Tokens,
+    heldout: Tokens | Text,
     tokenizer: PreTrainedTokenizerBase,
     lengths: Sequence[int],
     loss_context: int | None = None,
     only: Sequence[str] = METRICS,
     repeat: bool = False,
-) -> tuple[np.ndarray, int]:
-    """Return text [tokens] without special tokens, and the window to take the loss over.
+) -> tuple[Text, int]:
+    """Return text without special tokens, and the window to take the loss over.
 
     Arguments are those of `evaluate_model`.
 
     Raises:
         UsageError: if the text is too short for what is asked.
     """
-    text = np.asarray(heldout)
-    text = text[~np.isin(text, tokenizer.all_special_ids)]
+    text = heldout if isinstance(heldout, Text) else Text(np.asarray(heldout))
+    text = text.without(tokenizer.all_special_ids)
     longest = loss_context or max((n for n in lengths if n < len(text)), default=max(lengths))
     if "needle" in only:
         task = NeedleTask(lengths=tuple(sorted(set(lengths))), wrap_haystack=repeat)
@@ -268,7 +275,7 @@ def _needle(
 
 def _loss(
     model: PreTrainedModel,
-    text: np.ndarray,
+    text: Text,
     context: int,
     num_windows: int,
     bos_token_id: int | None,
@@ -277,21 +284,31 @@ def _loss(
     buckets = min(LOSS_BUCKETS, context)
     settings = {"windows": num_windows, "buckets": buckets, **_runtime(model)}
     found = saved.read("loss", settings)
-    if all(row["length"] != context for row in found):
+    rows = rows_of_windows(found, len(text), num_windows, text.starts, bos_token_id)
+    if len(rows) < len(found):
+        saved.say("loss: figures of windows that lay elsewhere are left out")
+    result = None
+    if all(row["length"] != context for row in rows):
         result = loss_by_position(
             model,
-            text,
+            text.ids,
             context,
             num_windows=num_windows,
             num_buckets=buckets,
+            document_starts=text.starts,
             bos_token_id=bos_token_id,
             kv_dtype=saved.kv_dtype,
         )
-        saved.write("loss", settings, found + result.rows(saved.variant))
+        rows += result.rows(saved.variant)
+    if rows != found:
+        saved.write("loss", settings, rows)
+    if result:
         saved.say(
             f"loss over {say_tokens(context)}: {result.overall:.3f} nats a token, from "
             f"{result.mean[0]:.2f} at the start to {result.mean[-1]:.2f} at the end"
         )
+        if words := say_windows(result.rows(saved.variant)):
+            saved.say(words)
 
 
 def _cost(model: PreTrainedModel, lengths: Sequence[int], saved: SavedResults) -> None:

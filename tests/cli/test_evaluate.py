@@ -68,6 +68,31 @@ def test_it_writes_files_and_pictures_and_prints_a_table(
         assert words in result.err
 
 
+def test_windows_of_the_loss_keep_to_documents(
+    run: Callable[..., Any], tiny_hybrid: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """If none is long enough, all that is printed says so."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "ab":
+        (texts / f"{name}.txt").write_text(name + text_file.read_text()[:299])
+    arguments = ("evaluate", tiny_hybrid, "--text", texts, "--only", "loss", "--device", "cpu")
+    words = "no document is long enough, so windows lie across documents"
+
+    result = run(*arguments, "--out", tmp_path / "long", "--lengths", "200")
+    assert result.code == 0 and words not in " ".join((result.out + result.err).split())
+    [row] = rows(tmp_path / "long", "loss")
+    assert row["within_documents"] is True and row["n"] == 2 and row["starts"][0] == 0
+
+    both = ("--out", tmp_path / "short", "--lengths", "350", "--kv-dtype", "both")
+    result = run(*arguments, *both)
+    assert result.code == 0
+    for printed in (result.out, result.err, (tmp_path / "short" / "report.html").read_text()):
+        assert words in " ".join(printed.split())
+    [row] = rows(tmp_path / "short", "loss")
+    assert row["within_documents"] is False
+
+
 def test_what_was_measured_is_taken_over(
     run: Callable[..., Any],
     arguments: tuple[object, ...],

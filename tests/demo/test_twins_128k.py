@@ -24,7 +24,7 @@ from demo.twins_128k import (
 )
 from longgen.cli.sources import read_data_recipe
 from longgen.errors import UsageError
-from longgen.evaluate.positions import LOSS_WINDOWS, window_starts
+from longgen.evaluate.positions import LOSS_WINDOWS, lay_windows
 from longgen.evaluate.results import write_results
 from longgen.evaluate.text import tokenize_text
 from longgen.train.config import read_recipe
@@ -65,7 +65,7 @@ def test_pieces_are_of_one_text_and_windows_lie_upon_them(
     pieces = sorted((tmp_path / "pieces").iterdir())
     assert [piece.read_text() for piece in pieces] == ["a" * 100, "a" * 100, "c" * 100]
     assert [piece.name for piece in pieces] == ["0-a-0.txt", "1-a-100.txt", "2-c-0.txt"]
-    ids = tokenize_text([tmp_path / "pieces"], tiny_tokenizer, 100)
+    ids = tokenize_text([tmp_path / "pieces"], tiny_tokenizer, 100).ids
     assert len(ids) == 300
     assert all(len(set(ids[start : start + 100])) == 1 for start in (0, 100, 200))
     # A second time they are taken as they are.
@@ -86,7 +86,7 @@ def test_a_piece_begins_where_its_text_keeps_its_tokens(
 def test_there_are_as_many_pieces_as_windows(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """More would make windows begin within them; texts of one name are all there."""
+    """The loss is then that of every piece; texts of one name are all there."""
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "text.txt").write_text(folder * 60)
@@ -94,8 +94,9 @@ def test_there_are_as_many_pieces_as_windows(
     assert cut_pieces(tmp_path, tiny_tokenizer, 50, tmp_path / "out") == 8
     texts = [path.read_text() for path in sorted((tmp_path / "out").iterdir())]
     assert texts == [letter * 50 for letter in "xyzzzzzz"]
-    ids = tokenize_text([tmp_path / "out"], tiny_tokenizer, 49)
-    assert window_starts(len(ids), 50, 49, LOSS_WINDOWS) == [50 * i for i in range(8)]
+    text = tokenize_text([tmp_path / "out"], tiny_tokenizer, 49)
+    windows = lay_windows(len(text), 50, 49, LOSS_WINDOWS, text.starts)
+    assert windows == ([50 * i for i in range(8)], True)
 
 
 def test_text_too_short_for_a_piece_is_refused(

@@ -1,14 +1,18 @@
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from longgen.errors import UsageError
 from longgen.evaluate import positions
-from longgen.evaluate.positions import loss_by_position
+from longgen.evaluate.positions import lay_windows, loss_by_position, window_starts
 
 # The same float32 sums in another order: 32 products per logit, losses of a few nats.
 EPS = 32 * 10 * torch.finfo(torch.float32).eps
@@ -133,3 +137,123 @@ def test_eight_bits_change_the_loss_a_little(hybrid: Any, tokens: np.ndarray) ->
 def test_eight_bits_are_for_hybrids(model: LlamaForCausalLM, tokens: np.ndarray) -> None:
     with pytest.raises(UsageError, match=r"fp8 are for hybrids, .* LlamaForCausalLM isn't one"):
         loss_by_position(model, tokens, 64, kv_dtype="fp8")
+
+
+class Repeater(torch.nn.Module):
+    """Predict the same token again: sure of itself in a document of one token, wrong at its end."""
+
+    config = LlamaConfig(vocab_size=50)
+    device = torch.device("cpu")
+    lm_head = torch.nn.Identity()
+
+    def model(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=30.0 * F.one_hot(input_ids, 50))
+
+
+def documents(*lengths: int) -> tuple[np.ndarray, list[int]]:
+    """Return documents, each of one token again and again, and where they begin."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return np.repeat(np.arange(len(lengths)), lengths), starts
+
+
+def test_no_window_sees_a_second_document() -> None:
+    model: Any = Repeater()
+    text, starts = documents(130, 40, 215, 90)
+    settings: dict[str, Any] = {"num_windows": 4, "num_buckets": 10}
+    joined = loss_by_position(model, text, 100, **settings)
+    # This is the artefact: the loss rises where a document begins.
+    assert max(joined.mean) > 0.5 and joined.within_documents is None
+    found = loss_by_position(model, text, 100, document_starts=starts, **settings)
+    assert max(found.mean) < 1e-6
+    assert found.starts == (0, 170, 284) and found.num_windows == 3
+    (row,) = found.rows("full")
+    assert row["starts"] == [0, 170, 284] and row["within_documents"] is True
+
+
+def test_the_last_target_is_of_the_document_too() -> None:
+    """A document of exactly `span` tokens is one window, and of one token less it is none."""
+    model: Any = Repeater()
+    for bos, span in ((None, 51), (0, 50)):
+        settings: dict[str, Any] = {"num_buckets": 50, "bos_token_id": bos}
+        text, starts = documents(*[span] * 8)
+        found = loss_by_position(model, text, 50, document_starts=starts, **settings)
+        assert list(found.starts) == starts and found.within_documents
+        assert max(found.mean[1:]) < 1e-6
+        text, starts = documents(span, span - 1, span)
+        found = loss_by_position(model, text, 50, document_starts=starts, **settings)
+        assert found.starts == (0, 2 * span - 1)
+
+
+def test_without_a_document_long_enough_windows_lie_over_the_joined_text(
+    model: LlamaForCausalLM, tokens: np.ndarray
+) -> None:
+    starts = [0, 100, 200, *range(290, 1000, 71)]
+    found = loss_by_position(model, tokens, 100, num_windows=4, document_starts=starts)
+    joined = loss_by_position(model, tokens, 100, num_windows=4)
+    assert found.within_documents is False and found.rows("full")[0]["within_documents"] is False
+    assert found.mean == joined.mean and found.starts == joined.starts == (0, 299, 599, 899)
+
+
+def test_one_document_is_measured_as_text_without_any(
+    model: LlamaForCausalLM, tokens: np.ndarray
+) -> None:
+    found = loss_by_position(model, tokens, 100, num_windows=4, document_starts=[0])
+    joined = loss_by_position(model, tokens, 100, num_windows=4)
+    assert (found.mean, found.by_window) == (joined.mean, joined.by_window)
+    assert found.starts == joined.starts and found.within_documents is True
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_windows", "expected"),
+    [
+        # The first alone would have room for all, as would the last.
+        ((900, 300, 900), 6, [0, 799, 900, 1099, 1200, 1999]),
+        # The short one has room for one, and the others share what it leaves.
+        ((900, 101, 900), 5, [0, 799, 900, 1001, 1800]),
+        ((900, 101, 900), 8, [0, 266, 532, 799, 900, 1001, 1400, 1800]),
+        # Fewer windows than documents are spread over them.
+        ((150, 150, 150, 150, 150), 3, [0, 300, 600]),
+        ((150, 150, 150), 1, [0]),
+        ((20, 400, 100, 20), 9, [20, 169, 319]),
+    ],
+)
+def test_documents_get_fair_shares(
+    lengths: tuple[int, ...], num_windows: int, expected: list[int]
+) -> None:
+    _, starts = documents(*lengths)
+    assert lay_windows(sum(lengths), 101, 100, num_windows, starts) == (expected, True)
+
+
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=12),
+    st.integers(2, 20),
+    st.integers(0, 1),
+    st.integers(1, 20),
+)
+def test_windows_keep_to_documents_without_overlap(
+    lengths: list[int], context: int, more: int, num_windows: int
+) -> None:
+    span = context + more
+    _, begins = documents(*lengths)
+    starts, within = lay_windows(sum(lengths), span, context, num_windows, begins)
+    rooms = [1 + (n - span) // context if n >= span else 0 for n in lengths]
+    assert within == any(rooms)
+    if not within:
+        assert starts == window_starts(sum(lengths), span, context, num_windows)
+        return
+    assert len(starts) == min(num_windows, sum(rooms))
+    assert all(b - a >= context for a, b in pairwise(starts))
+    ranges = [(begin, begin + n) for begin, n in zip(begins, lengths, strict=True)]
+    inside = [[a <= start and start + span <= b for start in starts] for a, b in ranges]
+    assert np.array(inside).sum() == len(starts)
+    shares = np.array(inside).sum(1)
+    for share, room in zip(shares, rooms, strict=True):
+        assert share == room or share >= max(shares) - 1
+
+
+@pytest.mark.parametrize("starts", [[], [5, 100], [0, 300, 200], [0, 1001]])
+def test_senseless_documents(
+    model: LlamaForCausalLM, tokens: np.ndarray, starts: list[int]
+) -> None:
+    with pytest.raises(UsageError, match=r"must begin at 0 .* the 1,000 tokens"):
+        loss_by_position(model, tokens, 64, document_starts=starts)

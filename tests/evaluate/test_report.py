@@ -160,3 +160,21 @@ def test_comparison_sets_models_side_by_side() -> None:
     caption = comparison_table(rows, metrics=["decode"]).caption
     words = "Cache and times: original by transformers; hybrid by longgen.engine."
     assert caption == words
+
+
+def test_comparison_says_where_windows_lay_across_documents() -> None:
+    def row(variant: str, length: int, **more: object) -> dict[str, object]:
+        return {"case": f"loss.{variant}", "length": length, "value": 2.0, **more}
+
+    # Older rows do not know, and of plain tokens nobody does.
+    rows: Rows = [
+        row("original", 8192),
+        row("hybrid", 8192, within_documents=None),
+        row("hybrid", 16384, within_documents=True),
+    ]
+    assert not comparison_table(rows).caption
+    rows = [*rows, *(row(name, 32768, within_documents=False) for name in ("full", "hybrid"))]
+    assert comparison_table(rows).caption == (
+        "Loss over 32K: no document is long enough, so windows lie across documents, and the loss "
+        "may rise where one begins."
+    )

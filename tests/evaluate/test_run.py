@@ -1,5 +1,6 @@
 """What an evaluation measures by default, and which figures it may take over."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from longgen.evaluate.run import (
     variant_of,
 )
 from longgen.evaluate.saved import fingerprint
-from longgen.evaluate.text import tokenize_text
+from longgen.evaluate.text import Text, tokenize_text
 from longgen.hf import LongGenLlamaConfig
 from longgen.pattern import SparsePattern
 
@@ -80,14 +81,14 @@ def test_text_is_read_until_there_is_enough(
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"{name} " * 1000)
     whole = tokenize_text([tmp_path], tokenizer, 10_000)
-    assert tokenizer.decode(whole) == "".join(f"{name} " * 1000 for name in "abc")
+    assert tokenizer.decode(whole.ids) == "".join(f"{name} " * 1000 for name in "abc")
     assert len(tokenize_text([tmp_path], tokenizer, 10)) < len(whole) / 2
 
 
 def test_text_loses_its_special_tokens_and_has_to_last(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = [7, tokenizer.bos_token_id, 8, 9] * 50
     text, longest = usable_text(ids, tokenizer, (100, 149, 150), only=("loss",))
-    assert text.tolist() == [7, 8, 9] * 50 and longest == 149
+    assert text.ids.tolist() == [7, 8, 9] * 50 and longest == 149
     with pytest.raises(UsageError, match="151 needs 151"):
         usable_text(ids, tokenizer, (151,), only=("needle",))
     assert usable_text(ids, tokenizer, (151,), only=("needle",), repeat=True)[1] == 151
@@ -182,3 +183,58 @@ def test_lengths_that_did_not_fit_are_tried_again(
     assert all(row["value"] is not None for row in rows) and len(rows) == 9
     saved: Any = read_results(tmp_path / "cost.json")["rows"]
     assert saved == rows
+
+
+LOSS: dict[str, Any] = {"lengths": (100,), "loss_windows": 3, "only": ("loss",)}
+
+
+def test_loss_keeps_to_documents_and_needles_do_not_notice(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Special tokens before a document move its start."""
+    ids = np.concatenate([[tokenizer.bos_token_id] * 30, TEXT])
+    text = Text(ids, np.array([0, 930, 1030]))
+    settings: dict[str, Any] = LOSS | {"say": lambda line: None}
+    [row] = evaluate_model(model, tokenizer, text, tmp_path / "loss", **settings)
+    assert row["within_documents"] is True and row["starts"] == [0, 799, 1000]
+
+    settings |= {"only": ("needle",), "lengths": (160,), "num_depths": 10, "samples": 1}
+    found = evaluate_model(model, tokenizer, text, tmp_path / "documents", **settings)
+    assert found == evaluate_model(model, tokenizer, ids, tmp_path / "ids", **settings)
+
+
+@pytest.mark.parametrize(
+    ("starts", "measured_again"), [([0], False), ([0, 900], True), (range(0, 2000, 50), False)]
+)
+def test_old_figures_are_taken_over_where_their_windows_lie_the_same(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    starts: Any,
+    measured_again: bool,
+) -> None:
+    """Results of before windows kept to documents do not say where theirs lay."""
+    evaluate_model(model, tokenizer, TEXT, tmp_path, say=lambda line: None, **LOSS)
+    file = tmp_path / "loss.json"
+    old = json.loads(file.read_text())
+    [row] = old["rows"]
+    assert (row.pop("starts"), row.pop("within_documents")) == ([0, 949, 1899], None)
+    row["value"] = 123.0
+    other = {**row, "length": 60}
+    old["rows"] = [other, row]
+    file.write_text(json.dumps(old))
+
+    lines: list[str] = []
+    text = Text(TEXT, np.array(starts))
+    [row] = evaluate_model(model, tokenizer, text, tmp_path, say=lines.append, **LOSS)
+    assert (row["value"] != 123.0) == measured_again
+    assert any("left out" in line for line in lines) == measured_again
+    # Figures of other lengths stay, or go, by the same rule.
+    saved: Any = read_results(file)["rows"]
+    assert [one["length"] for one in saved] == ([100] if measured_again else [60, 100])
+    if len(starts) > 2:
+        assert [one["within_documents"] for one in saved] == [False, False]
+    # A second time nothing is left to change.
+    written = file.stat().st_mtime_ns
+    assert evaluate_model(model, tokenizer, text, tmp_path, say=print, **LOSS) == [row]
+    assert file.stat().st_mtime_ns == written
