@@ -24,7 +24,14 @@ LABELS = {
     "transformers": "transformers (sdpa)",
 }
 _GIB = 1 << 30
-_PLANNED = "planned"
+# Bars at its ends, so that a single length shows too.
+_PLAN: dict[str, Any] = {
+    "linewidth": 0.9,
+    "linestyle": BROKEN,
+    "marker": "_",
+    "markersize": 18,
+    "markeredgewidth": 1.2,
+}
 
 
 def plot_train(rows: Rows, path: str | Path, *, title: str) -> Path:
@@ -82,6 +89,7 @@ def _panel(
 ) -> None:
     """Draw one figure, a line a variant."""
     ends = []
+    top = max(value(row) or 0.0 for row in rows)
     for name in VARIANTS:
         line = [row for row in rows if row["case"].endswith(f".{name}") and value(row) is not None]
         if not line:
@@ -98,10 +106,11 @@ def _panel(
             axes.vlines(x, *zip(*spreads, strict=True), color=colour, linewidth=1)
         if value is _peak and all("planned_bytes" in row for row in line):
             planned = [row["planned_bytes"] / _GIB for row in line]
-            axes.plot(x, planned, color=colour, linewidth=0.9, linestyle=BROKEN, zorder=1)
+            top = max(top, *planned)
+            axes.plot(x, planned, color=colour, zorder=1, **_PLAN)
         ends.append((x[-1], y[-1], say(y[-1]), colour))
     if value is _peak:
-        axes.plot([], color=GREY, linewidth=0.9, linestyle=BROKEN, label=_PLANNED)
+        axes.plot([], color=GREY, label="planned", **_PLAN)
     if value is _rate:
         axes.set_yscale("log")
         from matplotlib.ticker import FuncFormatter, LogLocator
@@ -111,7 +120,7 @@ def _panel(
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
     else:
         # From 0, with room above the highest marker.
-        axes.set_ylim(0, 1.12 * max(value(row) or 0.0 for row in rows))
+        axes.set_ylim(0, 1.12 * top)
     length_axis(axes, lengths, right=1.9 if len(lengths) < 4 else 2.4)
     axes.set_ylabel(ylabel)
     tidy(axes)

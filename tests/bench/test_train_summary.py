@@ -113,3 +113,19 @@ def test_a_picture_is_drawn_of_what_is_known(changes: dict[str, Any], tmp_path: 
     assert path.stat().st_size > 10_000
     with pytest.raises(UsageError, match="nothing to draw"):
         plot_train([{**row, "value": None} for row in make_rows()], path, title="")
+
+
+def test_what_was_planned_shows_of_a_single_length_too(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="an extra: longgen[plots]")
+    from matplotlib.image import imread
+
+    rows = [row for row in make_rows() if row["length"] == 131072][:2]
+    pictures = []
+    for factor in (1, 2):
+        planned = [{**row, "planned_bytes": factor * 10**10} for row in rows]
+        pictures.append(imread(plot_train(planned, tmp_path / f"{factor}.png", title="")))
+    # Both are below what was taken, so that bars alone differ, in the last panel.
+    shape, width = pictures[0].shape, pictures[0].shape[1]
+    assert pictures[1].shape == shape
+    differs = (pictures[0] != pictures[1]).any((0, 2))
+    assert not differs[: width // 2].any() and differs[2 * width // 3 :].any()
