@@ -5,14 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import connection
 from typing import Any
 
 import torch
 
 _SECONDS = 300
+_SECONDS_ON_GPUS = 1200  # there, kernels are compiled for each case
+# One group's environment is not to be another's.
+_STARTING = threading.Lock()
 
 
 def run_processes(
@@ -24,11 +29,13 @@ def run_processes(
     `work` must be importable by name, and what it returns must pickle. With `on_gpus` each process
     sees the first `count` GPUs, else none.
     """
-    pipes, processes = _start(count, work, arguments, on_gpus)
+    with _STARTING:
+        pipes, processes = _start(count, work, arguments, on_gpus)
+    seconds = _SECONDS_ON_GPUS if on_gpus else _SECONDS
     results: dict[int, Any] = {}
     try:
         while len(results) < count:
-            ready = connection.wait([p for r, p in enumerate(pipes) if r not in results], _SECONDS)
+            ready = connection.wait([p for r, p in enumerate(pipes) if r not in results], seconds)
             assert ready, f"processes do not answer; {sorted(results)} of {count} have"
             for rank in (pipes.index(pipe) for pipe in ready):
                 done, result = pipes[rank].recv()
@@ -40,6 +47,24 @@ def run_processes(
         for process in processes:
             process.kill()
     return [results[rank] for rank in range(count)]
+
+
+def run_groups(
+    count: int, work: Callable[..., Any], jobs: Sequence[Any], *, at_once: int
+) -> list[list[Any]]:
+    """Run `work(rank, some of the jobs)` in groups of `count` processes on GPUs, `at_once` groups
+    beside each other, and return for each rank what it returned of each job, in their order.
+
+    `work` returns a list, an entry a job. Where compilers take the time, groups share it.
+    """
+    parts = [jobs[i::at_once] for i in range(at_once)]
+    with ThreadPoolExecutor(at_once) as threads:
+        groups = list(
+            threads.map(lambda part: run_processes(count, work, part, on_gpus=True), parts)
+        )
+    return [
+        [groups[i % at_once][rank][i // at_once] for i in range(len(jobs))] for rank in range(count)
+    ]
 
 
 def run_until_killed(count: int, work: Callable[..., Any], *arguments: Any) -> list[int | None]:

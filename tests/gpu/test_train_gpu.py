@@ -24,7 +24,7 @@ from longgen.layout import Layout, Run
 from longgen.pattern import SparsePattern
 from longgen.train.config import ExtendConfig
 from longgen.train.recompute import to_host
-from tests.processes import run_processes
+from tests.processes import run_groups, run_processes
 from tests.train.extending import extend_twice
 from tests.train.work import Training, make_model, train_all
 
@@ -74,9 +74,9 @@ SHARED = (
 def test_two_gpus_equal_one() -> None:
     names = list(RUNS)
     jobs = [(RUNS[name], 1, "none") for name in names]
-    alone = dict(zip(names, run_processes(1, train_all, jobs, on_gpus=True)[0], strict=True))
+    alone = dict(zip(names, run_groups(1, train_all, jobs, at_once=4)[0], strict=True))
     jobs = [(RUNS[name], size, sharding) for name, size, sharding in SHARED]
-    ranks = run_processes(2, train_all, jobs, on_gpus=True)
+    ranks = run_groups(2, train_all, jobs, at_once=4)
     for index, (name, size, sharding) in enumerate(SHARED):
         case, bf16 = (name, size, sharding), RUNS[name].bf16
         expected, found = alone[name], ranks[0][index]
