@@ -6,12 +6,13 @@ The needle evaluation asks one question of many texts, at the end of each; this 
 of each text, wherever they stand. `longgen.data.RecallText` plants pairs of one kind at a time in
 held-out text, a model reads it once, and of each second place counts whether it gives the
 number that stands there (in copies the tokens after the first few), each token after the right
-ones before it. All models are asked the same.
+ones before it. Models with the same tokenizer are asked the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from longgen.checkpoint import load_model, load_tokenizer
+from longgen.checkpoint import load_model, load_tokenizer, read_config
 from longgen.cli.options import parse_tokens
 from longgen.data import RecallText
 from longgen.data.recall import TOKENS_PER_PAIR, Planted
@@ -42,21 +43,28 @@ _PARTS = 16  # distances are told apart to a sixteenth of the context
 Row = dict[str, Any]
 
 
-def asked(pair: Planted, ids: np.ndarray, digits: dict[int, int]) -> list[int]:
+def asked(pair: Planted, ids: np.ndarray, tokenizer: Any) -> list[int]:
     """Return the positions of the tokens that a pair's second place asks for; none if it has no
-    number.
+    number, or its tokens hold more than the number.
 
     Args:
         pair: where it was planted.
         ids: the text with it, [n].
-        digits: how many digits a token has, for those of digits alone.
+        tokenizer: spells it.
     """
     if pair.kind == "copies":
         return list(pair.second)[COPY_LEAD:]
-    last = [i for i in pair.second if int(ids[i]) in digits][-1:]
-    while last and last[0] - 1 in pair.second and int(ids[last[0] - 1]) in digits:
-        last.insert(0, last[0] - 1)
-    return last if sum(digits[int(ids[i])] for i in last) >= MIN_DIGITS else []
+    numbers = re.findall(r"[0-9]+", tokenizer.decode(ids[list(pair.second)]))
+    if not numbers or len(numbers[-1]) < MIN_DIGITS:
+        return []
+    for stop in reversed(pair.second):
+        for start in range(stop, pair.second.start - 1, -1):
+            found = tokenizer.decode(ids[start : stop + 1]).lstrip()
+            if found == numbers[-1]:
+                return list(range(start, stop + 1))
+            if not numbers[-1].endswith(found):
+                break
+    return []
 
 
 @torch.no_grad()
@@ -72,11 +80,6 @@ def probe(model: Any, tokenizer: Any, texts: Sequence[Sequence[int]]) -> list[Ro
         Mappings of `kind`, `text` (which), `distance` (in tokens), `right` (whether all tokens
         are), `share` (of tokens that are right) and `loss` (nats a token).
     """
-    digits = {
-        i: len(word)
-        for i in range(len(tokenizer))
-        if (word := tokenizer.decode([i]).strip()).isdigit()
-    }
     rows: list[Row] = []
     for kind in KINDS:
         for number, text in enumerate(texts):
@@ -88,7 +91,7 @@ def probe(model: Any, tokenizer: Any, texts: Sequence[Sequence[int]]) -> list[Ro
                 torch.tensor(ids, device=model.device)[None], use_cache=False
             ).last_hidden_state[0]
             for pair in pairs:
-                places = asked(pair, ids, digits)
+                places = asked(pair, ids, tokenizer)
                 if not places:
                     continue
                 logits = model.lm_head(hidden[[i - 1 for i in places]]).float()
@@ -170,12 +173,15 @@ def measure(given: argparse.Namespace) -> list[Row]:
         UsageError: there is no such checkpoint, or no text is long enough.
     """
     context = parse_tokens(given.context)
-    gpu = torch.cuda.is_available()
-    rows = []
+    prepared = {}
+    # All of it before any model is measured, which may take long.
     for one in given.models:
-        name, equals, folder = one.partition("=")
-        if not equals:
-            raise UsageError(f"{one} has no name; give NAME=DIR, as in hybrid=out/hybrid.")
+        name, _, folder = one.partition("=")
+        if not (name and folder):
+            raise UsageError(f"{one} is not NAME=DIR, as in hybrid=out/hybrid.")
+        if name in prepared:
+            raise UsageError(f"{name} is there twice; give each model another name.")
+        read_config(folder)
         tokenizer = load_tokenizer(folder)
         texts: list[list[int]] = []
         for path in sorted(given.text.glob("*.txt")):
@@ -187,11 +193,22 @@ def measure(given: argparse.Namespace) -> list[Row]:
                 f"No text (.txt) in {given.text} has {context:,} tokens; give longer ones, or a "
                 "shorter --context."
             )
+        prepared[name] = folder, tokenizer, texts
+
+    rows = []
+    gpu = torch.cuda.is_available()
+    for name, (folder, tokenizer, texts) in prepared.items():
         dtype = torch.bfloat16 if gpu else torch.float32
         model = load_model(folder, dtype=dtype, device="cuda" if gpu else "cpu").eval()
         found = summarize(probe(model, tokenizer, texts), name, context)
+        del model
+        if len(found) < len(KINDS):
+            raise UsageError(
+                f"In {context:,} tokens there is no room for every kind of question; give a longer "
+                "--context."
+            )
         for row in found:
-            share = f"{row['value']:.2f} of {row['n']} answered" if row["n"] else "nothing asked"
+            share = f"{row['value']:.2f} of {row['n']} answered"
             print(f"{row['case']} at {say_tokens(context)}: {share}", flush=True)
         rows += found
     return rows

@@ -7,7 +7,6 @@ name is used. With --check nothing is written, and a table that is out of date i
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,29 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from longgen.bench import summary, train_summary
+from benchmarks import filed, training_tables
+from longgen.bench import summary
 from longgen.bench.plots import cases_of, providers_of
 from longgen.bench.providers import registry
-from longgen.bench.train_settings import STOCK
 from longgen.bench.work import DIRECTIONS
-from longgen.cli.options import parse_tokens, resolve_plan
-from longgen.cli.training_plan import Recipe, training_figures
 from longgen.evaluate.results import VARIANTS, say_bytes, say_runtimes, say_tokens
-from longgen.gpus import GpuGroup, parse_gpus
 from longgen.pattern import SparsePattern
 from longgen.plan import LayerPlan
-from longgen.shapes import load_shape
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/results.md", "docs/recipes.md")
-RECIPES = ROOT / "recipes"
-# Recipes that name the GPUs they are for, as in llama2_7b_128k_h100x8.toml.
-_PLANNED_FOR = re.compile(r"_([a-z]+\d+)x(\d+)$")
-
-ACCEPTANCE_LENGTH = 131072
-
-Results = Mapping[str, Any]
 
 LABELS = {
     "original": "original model (8K)",
@@ -48,35 +34,15 @@ LABELS = {
 }
 
 
-def files(name: str) -> list[Path]:
-    """Return the results files of a name, oldest first: `<date>_<card>_<name>.json`."""
-    return sorted(RESULTS.glob(f"*_{name}.json"))
-
-
-def newest(name: str) -> Results:
-    """Return the newest results file of a name."""
-    found = files(name)
-    if not found:
-        raise SystemExit(f"There is no benchmarks/results/*_{name}.json.")
-    data: Results = json.loads(found[-1].read_text(encoding="utf-8"))
-    return {**data, "file": found[-1].name}
-
-
-def rows_of(results: Results, metric: str) -> dict[str, dict[int, Any]]:
-    """Return the rows of one metric as {variant: {length: row}}."""
-    table: dict[str, dict[int, Any]] = {}
-    for row in results["rows"]:
-        kind, _, variant = row["case"].partition(".")
-        if kind == metric:
-            table.setdefault(variant, {})[row["length"]] = row
-    return table
-
-
 def grid(
-    results: Results, metric: str, head: str, say: Callable[[Any], str], labels: Mapping[str, str]
+    results: filed.Results,
+    metric: str,
+    head: str,
+    say: Callable[[Any], str],
+    labels: Mapping[str, str],
 ) -> list[str]:
     """Return a Markdown table of one metric: a row a variant, a column a length."""
-    table = rows_of(results, metric)
+    table = filed.rows_of(results, metric)
     lengths = sorted({length for rows in table.values() for length in rows})
     lines = [
         f"| {head} | " + " | ".join(say_tokens(length) for length in lengths) + " |",
@@ -88,56 +54,39 @@ def grid(
     return lines
 
 
-def provenance(results: Results) -> str:
-    """Return the line that says where the figures come from."""
-    versions = results["versions"]
-    kernels = ("flash-attn-4", "nvidia-cutlass-dsl", "flash-sparse-attn")
-    others = "".join(
-        f"{name} {versions[name]}, "
-        for name in kernels
-        if versions.get(name, "not installed") != "not installed"
-    )
-    return (
-        f"{results['card']}, {results['date'][:10]}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, {others}seed {results['seed']}, "
-        f"`{results['command']}`, commit {str(results['commit'])[:9]}; "
-        f"[{results['file']}](PATH/{results['file']})."
-    )
-
-
 def needle(name: str) -> list[str]:
     """Return the needle table of one results file, with 95 % intervals."""
-    results = newest(name)
+    results = filed.newest(name)
 
     def say(row: Any) -> str:
         low, high = row["interval"]
         return f"{row['value']:.3f} ({low:.2f}-{high:.2f})"
 
     lines = grid(results, "needle", "exact six digits found", say, LABELS)
-    n = next(iter(next(iter(rows_of(results, "needle").values())).values()))["n"]
+    n = next(iter(next(iter(filed.rows_of(results, "needle").values())).values()))["n"]
     return [
         *lines,
         "",
-        f"n = {n} a cell of this table, 95 % Wilson intervals. " + provenance(results),
+        f"n = {n} a cell of this table, 95 % Wilson intervals. " + filed.provenance(results),
     ]
 
 
 def recall(name: str) -> list[str]:
     """Return the table of benchmarks.recall_probe: what was planted, and found, by distance."""
-    results = newest(name)
+    results = filed.newest(name)
     edges = results["rows"][0]["edges"]
     bins = [f"{say_tokens(a)} to {say_tokens(b)}" for a, b in pairwise(edges)]
     bins[0] = f"up to {say_tokens(edges[1])}"
     lines = [
-        f"| planted in 128K, found later | by | {' | '.join(bins)} | all |",
+        f"| planted in {say_tokens(edges[-1])}, asked for later | by | {' | '.join(bins)} | all |",
         "|---|---|" + "---|" * (len(bins) + 1),
     ]
     for metric, words, prefix in (
         ("recall_facts", "facts, in many wordings: whole numbers", ""),
         ("recall_copies", "copies: their tokens", "token_"),
-        ("recall_codes", "records of codes, not practised: whole numbers", ""),
+        ("recall_codes", "records of codes: whole numbers", ""),
     ):
-        found = rows_of(results, metric)
+        found = filed.rows_of(results, metric)
         for variant in [name for name in LABELS if name in found]:
             (row,) = found[variant].values()
             cells = ["" if x is None else f"{x:.2f}" for x in row[f"{prefix}by_distance"]]
@@ -145,13 +94,14 @@ def recall(name: str) -> list[str]:
             label = LABELS[variant].partition(",")[0]
             lines.append(f"| {words} | {label} | {' | '.join(cells)} |")
             words = ""
-    return [*lines, "", provenance(results)]
+    notes = [f"- {results['note']}", ""] if "note" in results else []
+    return [*lines, "", *notes, filed.provenance(results)]
 
 
 def attention_lengths(*names: str) -> list[str]:
     """Return the table of attention benchmarks over lengths, of one card: forward and backward
     rates."""
-    runs = [newest(name) for name in names]
+    runs = [filed.newest(name) for name in names]
     assert len({run["card"] for run in runs}) == 1
     rows = [row for run in runs for row in run["rows"]]
     lengths = sorted({row["length"] for row in rows})
@@ -172,25 +122,25 @@ def attention_lengths(*names: str) -> list[str]:
             if any(cells):
                 lines.append(f"| {head} | {labels[provider]} | " + " | ".join(cells) + " |")
                 head = ""
-    return [*lines, "", "TFLOP/s. " + " ".join(map(provenance, runs))]
+    return [*lines, "", "TFLOP/s. " + " ".join(map(filed.provenance, runs))]
 
 
 def costs(name: str) -> list[str]:
     """Return the table of cache bytes held and decode time."""
-    results = newest(name)
+    results = filed.newest(name)
     lines = grid(results, "kv_bytes", "KV cache held", lambda row: say_bytes(row["value"]), LABELS)
     rows = [row for row in results["rows"] if row["case"].startswith("kv_bytes.")]
     runtimes = say_runtimes(rows, VARIANTS)
-    return [*lines, "", " ".join(filter(None, [runtimes, provenance(results)]))]
+    return [*lines, "", " ".join(filter(None, [runtimes, filed.provenance(results)]))]
 
 
 def attention(name: str) -> list[str]:
     """Return the table of one attention benchmark at 128K tokens, or at its greatest length."""
-    if not files(name):
+    if not filed.files(name):
         return ["Not measured yet."]
-    results = newest(name)
+    results = filed.newest(name)
     lengths = {row["length"] for row in results["rows"]}
-    length = ACCEPTANCE_LENGTH if ACCEPTANCE_LENGTH in lengths else max(lengths)
+    length = filed.ACCEPTANCE_LENGTH if filed.ACCEPTANCE_LENGTH in lengths else max(lengths)
     rows = [row for row in results["rows"] if row["length"] == length]
     found = {(row["case"], row["provider"]): row for row in rows}
     labels = {name: provider.label for name, provider in registry().items()}
@@ -228,7 +178,7 @@ def attention(name: str) -> list[str]:
         f"{rate['copy_terabytes_per_second']:.2f} TB/s."
         + (" The run was interrupted." if results.get("partial") else ""),
         "",
-        provenance(results),
+        filed.provenance(results),
     ]
 
 
@@ -255,9 +205,9 @@ def _share_of_full(found: Mapping[tuple[str, str], Any]) -> list[str]:
 
 def inference(name: str) -> list[str]:
     """Return the tables of one inference benchmark."""
-    if not files(name):
+    if not filed.files(name):
         return ["Not measured yet."]
-    results = newest(name)
+    results = filed.newest(name)
     rows, rate = results["rows"], results["ceiling"]
     lines: list[str] = []
     for make in (summary.prefill_table, summary.decode_table, summary.memory_table):
@@ -278,146 +228,36 @@ def inference(name: str) -> list[str]:
         f"{rate['copy_terabytes_per_second']:.2f} TB/s."
         + (" The run was interrupted." if results.get("partial") else ""),
         "",
-        provenance(results),
+        filed.provenance(results),
     ]
-
-
-SERVED = {
-    "hybrid": "**hybrid**",
-    "hybrid_fp8": "**hybrid**, cache in 8 bits",
-    "full": "same engine, all layers full",
-    "transformers": "transformers (sdpa)",
-}
 
 
 def serving(name: str) -> list[str]:
     """Return the short table of one inference benchmark: a prompt of 128K tokens, its cache, one
     sequence's tokens and those of as many as fit."""
-    results = newest(name)
-    rows = [row for row in results["rows"] if row["length"] == ACCEPTANCE_LENGTH]
+    results = filed.newest(name)
+    rows = [row for row in results["rows"] if row["length"] == filed.ACCEPTANCE_LENGTH]
     prompts, caches, tokens = (
         {variant: group for (_, batch, variant), group in found.items() if batch == 1}
         for found in (summary.rows_of(rows, name) for name in ("prefill", "kv_bytes", "decode"))
     )
     batches = summary.best_batches(rows)
     lines = [
-        f"| {say_tokens(ACCEPTANCE_LENGTH)} tokens | prompt read | cache | one sequence | "
+        f"| {say_tokens(filed.ACCEPTANCE_LENGTH)} tokens | prompt read | cache | one sequence | "
         "as many as fit |",
         "|---|---|---|---|---|",
     ]
-    for variant, label in SERVED.items():
+    for variant, label in filed.SERVED.items():
         # In pieces, as prompts are read unless asked otherwise.
         prompt = min(prompts[variant], key=lambda row: row["prefill_chunk"])
         cache, token = caches[variant][0], tokens[variant][0]
-        most = batches[ACCEPTANCE_LENGTH, variant]
+        most = batches[filed.ACCEPTANCE_LENGTH, variant]
         lines.append(
             f"| {label} | {prompt['value']:.1f} s | {say_bytes(cache['value'])} | "
             f"{token['value']:.1f} ms a token | {most['tokens_per_second']:.0f} tokens/s "
             f"({most['batch']}) |"
         )
-    return [*lines, "", f"{results['shape']}. " + provenance(results)]
-
-
-# What checkpointing of that name runs a second time.
-AGAIN = {
-    "off": "nothing",
-    "elementwise": "what lies between products",
-    "selective": "all but attention",
-    "full": "whole layers",
-}
-
-
-def training(name: str) -> list[str]:
-    """Return the short table of one training benchmark: a step at 128K."""
-    results = newest(name)
-    found = rows_of(results, "train_step")
-    lines = [
-        f"| {say_tokens(ACCEPTANCE_LENGTH)} tokens, {results['timing']['a_step_is']} | a step | "
-        "tokens/s | MFU | memory | computed again |",
-        "|---|---|---|---|---|---|",
-    ]
-    for variant, label in SERVED.items():
-        row = found.get(variant, {}).get(ACCEPTANCE_LENGTH)
-        if row is None or not row["value"]:
-            continue
-        lines.append(
-            f"| {label.replace('engine', 'path')} | {row['value']:.2f} s | "
-            f"{row['tokens_per_second_per_gpu']:,.0f} | {row['mfu']:.0%} | "
-            f"{say_bytes(row['peak_bytes'])} | {AGAIN[row['checkpointing']]} |"
-        )
-    return [*lines, "", f"{results['shape']}. " + provenance(results)]
-
-
-def train(name: str) -> list[str]:
-    """Return the table of one training benchmark."""
-    if not files(name):
-        return ["Not measured yet."]
-    results = newest(name)
-    rows, rate = results["rows"], results["ceiling"]
-    head, body = train_summary.train_table(rows)
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for cells in body:
-        words = (f"**{cell}**" if cell == "hybrid" else cell for cell in cells)
-        lines.append(f"| {' | '.join(words)} |")
-    plan = LayerPlan(results["layers"], SparsePattern.from_dict(results["pattern"]))
-    row, gpus = rows[0], results["gpus"]
-    shared = row["context_parallel"]
-    how = [f"{gpus} GPU{'' if gpus == 1 else 's'}"]
-    how += [f"{shared} share a sequence"] if shared > 1 else []
-    how += [f"sharding {row['sharding']}"] if row["sharding"] else []
-    kept = train_summary.checkpointing(rows)
-    how += [f"checkpointing {kept}"]
-    stock = {row["checkpointing"] for row in rows if row["case"] == f"train_step.{STOCK}"}
-    how[-1] += "".join(f" (transformers {other})" for other in sorted(stock - {kept}))
-    how += [results["timing"]["a_step_is"]]
-    return [
-        *lines,
-        "",
-        *(f"- {note}" for note in train_summary.communication(rows)),
-        *(f"- {note}" for note in train_summary.failures(rows)),
-        f"- {results['shape']}, {plan.num_layers} of {results['layers_of']} layers: "
-        f"{len(plan.full_layers)} full, {plan.pattern}; {'; '.join(how)}.",
-        f"- {rate['matmul_size']}^3 matmul {rate['matmul_tflops']:.0f} TFLOP/s, copy "
-        f"{rate['copy_terabytes_per_second']:.2f} TB/s. {results['mfu_is']}"
-        + (" The run was interrupted." if results.get("partial") else ""),
-        "",
-        provenance(results),
-    ]
-
-
-def planned_recipes() -> dict[str, GpuGroup]:
-    """Return the recipes that name their GPUs, by file name without its end."""
-    found = {path.stem: _PLANNED_FOR.search(path.stem) for path in sorted(RECIPES.glob("*.toml"))}
-    return {name: parse_gpus(f"{form[2]}x{form[1]}") for name, form in found.items() if form}
-
-
-def recipes() -> list[str]:
-    """Return the table of what recipes take, by the accounting."""
-    head = ["recipe", "GPUs", "full layers", "checkpointing", "GiB a GPU", "s a step"]
-    head += ["tokens/s/GPU", "MFU", "GPU-hours", "all full"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for name, gpus in planned_recipes().items():
-        recipe = Recipe.read(str(RECIPES / f"{name}.toml"))
-        shape, context = load_shape(recipe.model or ""), parse_tokens(recipe.context or "")
-        plan = resolve_plan(shape, context, recipe.plan)
-        figures = training_figures(shape, plan, context, 1, gpus, recipe.train)
-        memory, step, budget = (figures[key] for key in ("memory_per_gpu", "step", "budget"))
-        kept = figures["setup"]["checkpointing"]
-        kept += ", offloaded" if figures["setup"]["offload"] else ""
-        cells = [
-            f"[{name}](../recipes/{name}.toml)",
-            str(gpus),
-            f"{len(plan.full_layers)} of {plan.num_layers}",
-            kept,
-            f"{memory['total'] / 2**30:.0f}",
-            f"{step['seconds']:.0f}",
-            f"{step['tokens_per_second_per_gpu']:,.0f}",
-            f"{step['mfu']:.0%}",
-            f"**{budget['gpu_hours']:,.0f}**",
-            f"{budget['gpu_hours_all_full']:,.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", f"{results['shape']}. " + filed.provenance(results)]
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
@@ -439,19 +279,19 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "inference_1m": lambda: inference("inference-1m"),
     "inference_70b": lambda: inference("inference-70b"),
     "attention_small": lambda: attention("attention-small"),
-    "training": lambda: training("train"),
-    "train": lambda: train("train"),
-    "train_slice_1gpu": lambda: train("train-slice-1gpu"),
-    "train_slice_2gpus": lambda: train("train-slice-2gpus"),
-    "train_2gpus": lambda: train("train-2gpus"),
-    "train_whole": lambda: train("train-whole"),
-    "recipes": recipes,
+    "training": lambda: training_tables.training("train"),
+    "train": lambda: training_tables.train("train"),
+    "train_slice_1gpu": lambda: training_tables.train("train-slice-1gpu"),
+    "train_slice_2gpus": lambda: training_tables.train("train-slice-2gpus"),
+    "train_2gpus": lambda: training_tables.train("train-2gpus"),
+    "train_whole": lambda: training_tables.train("train-whole"),
+    "recipes": training_tables.recipes,
 }
 
 
 def fill(page: Path) -> str:
     """Return a page's text with its tables renewed."""
-    link = "benchmarks/results" if page.parent == ROOT else "../benchmarks/results"
+    link = "benchmarks/results" if page.parent == filed.ROOT else "../benchmarks/results"
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
@@ -469,12 +309,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the tables of the docs from the results.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if out of date")
     check = parser.parse_args(argv).check
-    stale = [page for page in PAGES if fill(ROOT / page) != (ROOT / page).read_text("utf-8")]
+    stale = [
+        page for page in PAGES if fill(filed.ROOT / page) != (filed.ROOT / page).read_text("utf-8")
+    ]
     for page in stale:
         if check:
             print(f"{page} is out of date: run python -m benchmarks.tables")
         else:
-            (ROOT / page).write_text(fill(ROOT / page), encoding="utf-8")
+            (filed.ROOT / page).write_text(fill(filed.ROOT / page), encoding="utf-8")
             print(f"renewed the tables of {page}")
     return 1 if check and stale else 0
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import recall_probe, tables
+from benchmarks import filed, recall_probe, tables
 from longgen.data import RecallText
+from longgen.data.recall import Planted
 from longgen.recall_kinds import KINDS
 
 LENGTH = 20_000
@@ -44,19 +45,16 @@ def text() -> list[int]:
 
 
 def test_each_kind_is_asked_for_its_own(tiny_tokenizer: Any, text: list[int]) -> None:
-    size = len(tiny_tokenizer)
-    words = [tiny_tokenizer.decode([i]) for i in range(size)]
-    digits = {i: len(word) for i, word in enumerate(words) if word.isdigit()}
     for kind in KINDS:
         recall = RecallText(tiny_tokenizer, kinds=kind, records_per_sequence=30)
         ids, pairs = recall.plant(np.array(text), np.random.default_rng(1))
         numbers = 0
         for pair in pairs:
-            places = recall_probe.asked(pair, ids, digits)
+            places = recall_probe.asked(pair, ids, tiny_tokenizer)
             told = tiny_tokenizer.decode(ids[list(pair.second)])
             found = tiny_tokenizer.decode(ids[places]) if places else ""
             if kind == "copies":
-                assert places == list(pair.second)[recall_probe.COPY_LEAD :]
+                assert places == list(pair.second)[8:]
                 continue
             # The last number of the line, if it is long enough: what words and letters lead.
             expected = re.findall(r"\d+", told)[-1:]
@@ -114,12 +112,35 @@ def test_the_command_writes_results_that_make_a_table(
     assert {row["case"] for row in rows} == {
         f"recall_{kind}.{name}" for kind in KINDS for name in ("hybrid", "full")
     }
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(filed, "RESULTS", tmp_path)
     table = tables.recall("recall-test")
     assert len([line for line in table if line.startswith("| ") and "planted" not in line]) == 6
+    written = out.read_bytes()
+    assert "answered" in capsys.readouterr().out
     for wrong, words in (
-        ([str(folder), *given[2:]], "has no name"),
-        ([*given[:-4], "--context", "64K", "--out", str(out)], "has 65,536 tokens"),
+        ([str(folder), *given[1:]], "is not NAME=DIR"),
+        ([f"={folder}", *given[1:]], "is not NAME=DIR"),
+        ([given[0], given[0], *given[2:]], "hybrid is there twice"),
+        ([given[0], "full=/nowhere", *given[2:]], "/nowhere"),
+        ([*given[:-3], "64K", "--out", str(out)], "has 65,536 tokens"),
+        ([*given[:-3], "40", "--out", str(out)], "no room for every kind"),
     ):
         assert recall_probe.main(wrong) == 2
-        assert words in capsys.readouterr().err
+        printed = capsys.readouterr()
+        assert words in printed.err and "answered" not in printed.out
+    assert out.read_bytes() == written
+
+
+def test_a_number_that_shares_a_token_is_not_asked_for() -> None:
+    class Words:
+        """Spell a line as whole words."""
+
+        words = ("the code of ", "Ada", " is ", "968", "015", ".", "15.")
+
+        def decode(self, ids: Any) -> str:
+            return "".join(self.words[i] for i in ids)
+
+    pair = Planted("facts", range(0, 1), range(1, 7))
+    whole, shared = (np.array([0, 0, 1, 2, 3, last, 5]) for last in (4, 6))
+    assert recall_probe.asked(pair, whole, Words()) == [4, 5]
+    assert recall_probe.asked(pair, shared, Words()) == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.tables import planned_recipes
+from benchmarks.training_tables import planned_recipes
 from longgen.cli.options import parse_tokens, resolve_plan
 from longgen.cli.sources import read_data_recipe
 from longgen.cli.training_plan import Recipe, TrainOptions, training_figures

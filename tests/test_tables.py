@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import filed, tables, training_tables
 from longgen.pattern import SparsePattern
 
 
@@ -15,16 +15,16 @@ def test_the_docs_show_the_newest_results() -> None:
 
 
 def test_an_outdated_table_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    newest = tables.newest
+    newest = filed.newest
 
-    def changed(name: str) -> tables.Results:
+    def changed(name: str) -> filed.Results:
         results = newest(name)
         rows = [
             row | ({"value": 0.5} if row["value"] is not None else {}) for row in results["rows"]
         ]
         return {**results, "rows": rows}
 
-    monkeypatch.setattr(tables, "newest", changed)
+    monkeypatch.setattr(filed, "newest", changed)
     assert tables.main(["--check"]) == 1
 
 
@@ -55,7 +55,7 @@ def test_attention_tables_put_longgen_first_and_say_what_failed(
         "ceiling": {"matmul_tflops": 760.0, "matmul_size": 8192, "copy_terabytes_per_second": 4.3},
         "rows": rows,
     }
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(filed, "RESULTS", tmp_path)
     assert tables.TABLES["attention"]() == ["Not measured yet."]
     (tmp_path / "2026-12-01_nvidia-h200_attention.json").write_text(json.dumps(results))
     lines = tables.TABLES["attention"]()
@@ -101,7 +101,7 @@ def test_inference_tables_put_the_hybrid_first(
         "weight_bytes": 13 * 2**30,
         "rows": rows,
     }
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(filed, "RESULTS", tmp_path)
     assert tables.TABLES["inference"]() == ["Not measured yet."]
     (tmp_path / "2026-12-01_nvidia-h200_inference.json").write_text(json.dumps(results))
     lines = tables.TABLES["inference"]()
@@ -116,7 +116,7 @@ def test_inference_tables_put_the_hybrid_first(
 def test_the_training_table_has_every_variant_and_how_it_ran(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert tables.train("no-such-results") == ["Not measured yet."]
+    assert training_tables.train("no-such-results") == ["Not measured yet."]
     row = {"length": 131072, "context_parallel": 4, "sharding": "fsdp", "checkpointing": "full"}
     row |= {"flops": 2.0, "mfu": 0.47, "peak_bytes": 60 << 30, "planned_bytes": 62 << 30}
     row |= {"tokens_per_second_per_gpu": 6000.0, "spread": [5.4, 5.6], "n": 5}
@@ -147,8 +147,8 @@ def test_the_training_table_has_every_variant_and_how_it_ran(
         "rows": rows,
     }
     (tmp_path / "2026-11-25_nvidia-h200_train.json").write_text(json.dumps(results))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    text = "\n".join(tables.train("train"))
+    monkeypatch.setattr(filed, "RESULTS", tmp_path)
+    text = "\n".join(training_tables.train("train"))
     assert "| 128K | **hybrid** | 5.50 | 6,000 | 47% | 60.0 GiB | 62.0 GiB |  |" in text
     assert "1.80x (1.80x)" in text and "train_step.transformers, 128K: Out of memory." in text
     assert "llama-2-7b, 8 of 32 layers: 3 full" in text
@@ -158,9 +158,11 @@ def test_the_training_table_has_every_variant_and_how_it_ran(
     for one in rows[:2]:
         one["checkpointing"] = "elementwise"
     (tmp_path / "2026-11-25_nvidia-h200_train.json").write_text(json.dumps(results))
-    assert "checkpointing elementwise (transformers full);" in "\n".join(tables.train("train"))
+    assert "checkpointing elementwise (transformers full);" in "\n".join(
+        training_tables.train("train")
+    )
     # The short one has what was measured.
-    short = tables.training("train")
+    short = training_tables.training("train")
     assert short[0].startswith("| 128K tokens, forward, backward | a step |") and len(short) == 6
     assert short[2] == (
         "| **hybrid** | 5.50 s | 6,000 | 47% | 60.0 GiB | what lies between products |"
@@ -168,6 +170,6 @@ def test_the_training_table_has_every_variant_and_how_it_ran(
 
 
 def test_recipes_are_planned_for_the_gpus_in_their_names() -> None:
-    text = "\n".join(tables.recipes())
+    text = "\n".join(training_tables.recipes())
     assert "64 x H100-80GB | 27 of 80" in text
-    assert len(tables.planned_recipes()) == len(tables.recipes()) - 2
+    assert len(training_tables.planned_recipes()) == len(training_tables.recipes()) - 2

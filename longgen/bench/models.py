@@ -56,7 +56,8 @@ def random_model(
     resident_layers: int | None = None,
     kept_on: torch.device | None = None,
 ) -> Any:
-    """Make a model with random weights on its device: none of them ever is on the CPU for a GPU.
+    """Make a model with random weights on its device: none of them ever is on the CPU for a GPU,
+    unless `kept_on` says so.
 
     They are drawn as transformers does for a model that is to be trained, under which activations
     stay finite in every dtype; how long a model takes doesn't depend on them.
@@ -100,7 +101,11 @@ def _drawn_one_by_one(
     config: Any, dtype: torch.dtype, device: torch.device, kept_on: torch.device
 ) -> Any:
     """Return a model whose weights are drawn on a device, which is fast on a GPU, and kept on
-    another."""
+    another.
+
+    Transformers draws where a weight is to stay. Its families' own are these: norms of one, biases
+    of zero, all else normal (tests/bench/test_models.py compares them).
+    """
     with torch.device("meta"):
         shapes: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     drawn: dict[torch.Tensor, torch.nn.Parameter] = {}

@@ -244,8 +244,8 @@ def rows_of_windows(
 ) -> list[dict[str, Any]]:
     """Return those of a text's results rows whose windows lie where `loss_by_position` lays them.
 
-    The same tokens may be other documents. Rows from before windows kept to documents don't say
-    where theirs lay, which was over the text as a whole; where it still is, they are told so.
+    The same tokens may be other documents; rows are told what is so of these. Those from before
+    windows kept to documents don't say where theirs lay, which was over the text as a whole.
 
     Args:
         rows: results rows of the same text, with the same number of windows asked for.
@@ -258,7 +258,7 @@ def rows_of_windows(
         size = (num_tokens, context + (bos_token_id is None), context, num_windows)
         starts, within = lay_windows(*size, document_starts)
         if row.get("starts", window_starts(*size)) == starts:
-            found.append({**row, **({"within_documents": False} if within is False else {})})
+            found.append({**row, **({} if within is None else {"within_documents": within})})
     return found
 
 

@@ -208,8 +208,8 @@ def say_windows(rows: Rows) -> str:
         return ""
     over = " and ".join(map(say_tokens, lengths))
     return (
-        f"Loss over {over}: no document is long enough, so windows lie across documents, and the "
-        "loss may rise where one begins."
+        f"Loss over {over}: no document that was read is long enough, so windows lie across "
+        "documents, and the loss may rise where one begins."
     )
 
 

@@ -25,7 +25,7 @@ from longgen.evaluate.positions import (
     loss_by_position,
     rows_of_windows,
 )
-from longgen.evaluate.report import Picture, say_windows
+from longgen.evaluate.report import Picture
 from longgen.evaluate.results import say_bytes, say_tokens
 from longgen.evaluate.saved import Rows, SavedResults
 from longgen.evaluate.text import Text
@@ -307,8 +307,6 @@ def _loss(
             f"loss over {say_tokens(context)}: {result.overall:.3f} nats a token, from "
             f"{result.mean[0]:.2f} at the start to {result.mean[-1]:.2f} at the end"
         )
-        if words := say_windows(result.rows(saved.variant)):
-            saved.say(words)
 
 
 def _cost(model: PreTrainedModel, lengths: Sequence[int], saved: SavedResults) -> None:

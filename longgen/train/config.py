@@ -197,6 +197,8 @@ class ExtendConfig:
         # A run of an earlier version has no word of settings that came later.
         defaults = {one.name: one.default for one in fields(self) if one.default is not MISSING}
         mine, earlier = self.to_run(), _in_any_folder({**defaults, **BEFORE, **earlier})
+        if mine["recall_share"] == earlier["recall_share"] == 0:
+            free.add("recall_kinds")
         return what_changed(
             earlier, {name: value for name, value in mine.items() if name not in free}
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from longgen.accounting import full_plan, training_flops
 from longgen.bench import train, train_step
+from longgen.bench.communication import Communication
 from longgen.bench.inference_settings import TINY, TINY_PATTERN
 from longgen.bench.models import shape_config
 from longgen.bench.timing import Budget
@@ -227,7 +229,20 @@ def several(rank: int, context_parallel: int, sharding: str) -> Any:
         make_settings().setup, gpus=2, context_parallel=context_parallel, sharding=sharding
     )
     optimizer = replace(setup, optimizer=True)
-    return bench(make_settings(setup=optimizer, steps=2), processes).rows
+    original, kept = train_step.random_model, []
+
+    def noted(config: Any, **how: Any) -> Any:
+        kept.append(how["kept_on"])
+        return original(config, **how)
+
+    train_step.random_model = noted
+    rows = bench(make_settings(setup=optimizer, steps=2), processes).rows
+    # Shared out, the weights come from the first process's CPU alone.
+    if sharding == "fsdp":
+        assert kept == ([] if rank else [torch.device("cpu")] * len(rows))
+    else:
+        assert kept == [None] * len(rows)
+    return rows
 
 
 @pytest.mark.parametrize(("context_parallel", "sharding"), [(2, "fsdp"), (1, "fsdp"), (1, "ddp")])
@@ -246,6 +261,43 @@ def test_several_processes_agree_on_every_row(context_parallel: int, sharding: s
     if context_parallel == 2:
         alone = bench(make_settings(variants=("hybrid",), steps=1)).rows[0]["loss"]
         assert 0.8 * alone < first[0]["loss"] < 1.05 * alone
+
+
+def communicating(rank: int) -> Any:
+    processes = Processes.start(1)
+    run = TrainBench(make_settings(), base(), processes)
+    # As on a GPU, where alone it is looked at.
+    run.settings = replace(run.settings, device=torch.device("cuda"))
+    calls: list[str] = []
+
+    def profile(step: Any) -> Communication:
+        step()
+        return Communication(1.0 + rank, 3.0 - rank, {"AllGather": (0.5, float(rank))})
+
+    train.profile_communication = profile
+    step: Any = SimpleNamespace(
+        forget_gradients=lambda: calls.append("forget"), run=lambda: calls.append("run")
+    )
+    found = run._communication(step)
+    assert calls == ["forget", "run"]
+    gathered = processes.gather(f"rank {rank}")
+    processes.leave()
+    assert not torch.distributed.is_initialized()
+    return found, gathered
+
+
+def test_communication_is_that_of_every_process() -> None:
+    first, second = run_processes(2, communicating)
+    assert first == second
+    found, gathered = first
+    assert gathered == ["rank 0", "rank 1"]
+    assert (found["communication_seconds"], found["communication_exposed_seconds"]) == (2, 3)
+    assert found["communication_by_process"] == [
+        {"seconds": 1 + i, "exposed_seconds": 3 - i, "kinds": {"AllGather": (0.5, i)}}
+        for i in range(2)
+    ]
+    assert ALONE.gather("all") == ["all"]
+    ALONE.leave()  # of one process there is nothing to leave
 
 
 def failing(rank: int) -> str:

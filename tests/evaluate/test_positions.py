@@ -12,7 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from longgen.errors import UsageError
 from longgen.evaluate import positions
-from longgen.evaluate.positions import lay_windows, loss_by_position, window_starts
+from longgen.evaluate.positions import (
+    lay_windows,
+    loss_by_position,
+    rows_of_windows,
+    window_starts,
+)
 
 # The same float32 sums in another order: 32 products per logit, losses of a few nats.
 EPS = 32 * 10 * torch.finfo(torch.float32).eps
@@ -257,3 +262,23 @@ def test_senseless_documents(
 ) -> None:
     with pytest.raises(UsageError, match=r"must begin at 0 .* the 1,000 tokens"):
         loss_by_position(model, tokens, 64, document_starts=starts)
+
+
+def test_saved_rows_stay_where_their_windows_do_and_are_told_what_is_so() -> None:
+    """A beginning-of-sequence token takes a token of text from each window."""
+    for bos, lies in ((None, [0, 449, 899]), (5, [0, 450, 900])):
+        row = {"length": 100, "starts": lies, "within_documents": False, "value": 1.0}
+        other = {**row, "starts": [0, 448, 899]}
+
+        def kept(
+            documents: list[int] | None, bos: int | None = bos, rows: Any = (row, other)
+        ) -> Any:
+            return rows_of_windows(rows, 1000, 3, documents, bos)
+
+        assert kept(None) == [row]
+        assert kept([0]) == [{**row, "within_documents": True}]
+        assert kept(list(range(0, 1000, 50))) == [row]
+        assert kept([0, 500]) == []
+        assert kept(None, None if bos else 5) == []
+        # From before windows said where they lay: over the text as a whole.
+        assert kept([0], rows=[{"length": 100}]) == [{"length": 100, "within_documents": True}]

@@ -175,6 +175,6 @@ def test_comparison_says_where_windows_lay_across_documents() -> None:
     assert not comparison_table(rows).caption
     rows = [*rows, *(row(name, 32768, within_documents=False) for name in ("full", "hybrid"))]
     assert comparison_table(rows).caption == (
-        "Loss over 32K: no document is long enough, so windows lie across documents, and the loss "
-        "may rise where one begins."
+        "Loss over 32K: no document that was read is long enough, so windows lie across documents, "
+        "and the loss may rise where one begins."
     )

@@ -107,12 +107,16 @@ def test_settings_survive_their_record() -> None:
 
 
 def test_a_run_begun_before_there_was_a_setting_goes_on_as_it_was(tmp_path: Path) -> None:
-    now = config(recall_kinds=" facts, codes")
+    now = config(recall_kinds=" facts, codes", recall_share=0.5)
     assert now.recall_kinds == "codes,facts"
-    earlier = config(recall_kinds="codes").to_dict()
+    earlier = config(recall_kinds="codes", recall_share=0.5).to_dict()
     del earlier["recall_kinds"], earlier["compile"]
-    assert config(recall_kinds="codes").differences(earlier) == []
-    assert config().differences(earlier) == ["recall_kinds was 'codes' and is now 'facts,copies'"]
+    assert config(recall_kinds="codes", recall_share=0.5).differences(earlier) == []
+    assert config(recall_share=0.5).differences(earlier) == [
+        "recall_kinds was 'codes' and is now 'facts,copies'"
+    ]
+    # Of what is not planted, the kind does not matter.
+    assert config().differences({**earlier, "recall_share": 0.0}) == []
     assert now.differences(earlier) == ["recall_kinds was 'codes' and is now 'codes,facts'"]
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "run.json").write_text(json.dumps(earlier))
