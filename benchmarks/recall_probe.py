@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from longgen.checkpoint import load_model, load_tokenizer, read_config
 from longgen.cli.options import parse_tokens
 from longgen.data import RecallText
-from longgen.data.recall import TOKENS_PER_PAIR, Planted
+from longgen.data.recall import Planted
 from longgen.errors import UsageError
 from longgen.evaluate.results import say_tokens, write_results
 from longgen.evaluate.text import plain_ids
@@ -38,7 +38,8 @@ MOST_TEXTS = 7
 COPY_LEAD = 8
 # Shorter numbers could be guessed; facts' values are words as well, which aren't asked for.
 MIN_DIGITS = 3
-_PARTS = 16  # distances are told apart to a sixteenth of the context
+# Between these distances, in sixteenths of the context, questions are counted together.
+_EDGES = (0, 1, 2, 4, 8, 12, 16)
 
 Row = dict[str, Any]
 
@@ -82,10 +83,8 @@ def probe(model: Any, tokenizer: Any, texts: Sequence[Sequence[int]]) -> list[Ro
     """
     rows: list[Row] = []
     for kind in KINDS:
+        practice = RecallText(tokenizer, kinds=kind)
         for number, text in enumerate(texts):
-            practice = RecallText(
-                tokenizer, kinds=kind, records_per_sequence=max(1, len(text) // TOKENS_PER_PAIR)
-            )
             ids, pairs = practice.plant(np.array(text), np.random.default_rng((SEED, number)))
             hidden = model.model(
                 torch.tensor(ids, device=model.device)[None], use_cache=False
@@ -111,39 +110,38 @@ def probe(model: Any, tokenizer: Any, texts: Sequence[Sequence[int]]) -> list[Ro
 
 
 def summarize(rows: Sequence[Row], variant: str, context: int) -> list[Row]:
-    """Return results rows: of each kind, the mean and that by distance, in edges that double.
+    """Return results rows: of each kind, the mean and that by distance.
 
     A kind's `value` is the share of questions answered in every token; `token_value` that of
     tokens, which says more of copies, the passages of which are long.
     """
-    edges = [0, *(context // part for part in (_PARTS, _PARTS // 2, 4, 2)), context * 3 // 4]
-    edges.append(context)
+    edges = [context * edge // _EDGES[-1] for edge in _EDGES]
     found = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         own = [row for row in rows if row["kind"] == kind]
         bins = [
             [row for row in own if low <= row["distance"] < high] for low, high in pairwise(edges)
         ]
-
-        def mean(of: Sequence[Row], what: str) -> float | None:
-            return float(np.mean([row[what] for row in of])) if of else None
-
         found.append(
             {
                 "case": f"recall_{kind}.{variant}",
                 "length": context,
                 "unit": "share of questions",
-                "value": mean(own, "right"),
-                "token_value": mean(own, "share"),
-                "loss": mean(own, "loss"),
+                "value": _mean(own, "right"),
+                "token_value": _mean(own, "share"),
+                "loss": _mean(own, "loss"),
                 "n": len(own),
                 "edges": edges,
                 "n_by_distance": [len(of) for of in bins],
-                "by_distance": [mean(of, "right") for of in bins],
-                "token_by_distance": [mean(of, "share") for of in bins],
+                "by_distance": [_mean(of, "right") for of in bins],
+                "token_by_distance": [_mean(of, "share") for of in bins],
             }
         )
     return found
+
+
+def _mean(rows: Sequence[Row], what: str) -> float | None:
+    return float(np.mean([row[what] for row in rows])) if rows else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,8 +184,10 @@ def measure(given: argparse.Namespace) -> list[Row]:
         texts: list[list[int]] = []
         for path in sorted(given.text.glob("*.txt")):
             ids = plain_ids(path.read_text(encoding="utf-8", errors="replace"), tokenizer)
-            if len(ids) >= context and len(texts) < MOST_TEXTS:
+            if len(ids) >= context:
                 texts.append(ids[:context])
+            if len(texts) == MOST_TEXTS:
+                break
         if not texts:
             raise UsageError(
                 f"No text (.txt) in {given.text} has {context:,} tokens; give longer ones, or a "

@@ -16,8 +16,8 @@ import torch
 
 _SECONDS = 300
 _SECONDS_ON_GPUS = 1200  # there, kernels are compiled for each case
-# One group's environment is not to be another's.
-_STARTING = threading.Lock()
+# Processes take the environment that they are started in.
+_ENVIRONMENT = threading.Lock()
 
 
 def run_processes(
@@ -29,8 +29,7 @@ def run_processes(
     `work` must be importable by name, and what it returns must pickle. With `on_gpus` each process
     sees the first `count` GPUs, else none.
     """
-    with _STARTING:
-        pipes, processes = _start(count, work, arguments, on_gpus)
+    pipes, processes = _start(count, work, arguments, on_gpus)
     seconds = _SECONDS_ON_GPUS if on_gpus else _SECONDS
     results: dict[int, Any] = {}
     try:
@@ -96,23 +95,24 @@ def _start(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes, processes = [], []
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = _visible(before, count if on_gpus else 0)
-    try:
-        for rank in range(count):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_run, args=(rank, count, port, theirs, work, arguments), daemon=True
-            )
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-    finally:
-        if before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
+    with _ENVIRONMENT:
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(before, count if on_gpus else 0)
+        try:
+            for rank in range(count):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_run, args=(rank, count, port, theirs, work, arguments), daemon=True
+                )
+                process.start()
+                theirs.close()
+                pipes.append(ours)
+                processes.append(process)
+        finally:
+            if before is None:
+                del os.environ["CUDA_VISIBLE_DEVICES"]
+            else:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
     return pipes, processes
 
 

@@ -81,6 +81,11 @@ class PositionLoss:
         ]
 
 
+def _span(context: int, bos_token_id: int | None) -> int:
+    """Return the tokens of text that one window touches, the last only as a target."""
+    return context + (bos_token_id is None)
+
+
 def window_starts(num_tokens: int, span: int, context: int, num_windows: int) -> list[int]:
     """Return where windows begin that lie evenly over a text of at least `span` tokens: at most
     `num_windows`, `context` tokens or more apart, of which each touches `span`."""
@@ -195,9 +200,7 @@ def loss_by_position(
         )
     text = np.asarray(tokens)
     lead = [] if bos_token_id is None else [bos_token_id]
-    span = (
-        context + 1 - len(lead)
-    )  # tokens of text that one window touches, the last only as a target
+    span = _span(context, bos_token_id)
     if context < 1 or num_windows < 1 or not 1 <= num_buckets <= context:
         raise UsageError(
             "Loss by position needs at least one window, and between one bucket and as many as the"
@@ -255,7 +258,7 @@ def rows_of_windows(
     found: list[dict[str, Any]] = []
     for row in rows:
         context = row["length"]
-        size = (num_tokens, context + (bos_token_id is None), context, num_windows)
+        size = (num_tokens, _span(context, bos_token_id), context, num_windows)
         starts, within = lay_windows(*size, document_starts)
         if row.get("starts", window_starts(*size)) == starts:
             found.append({**row, **({} if within is None else {"within_documents": within})})

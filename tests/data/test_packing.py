@@ -231,15 +231,21 @@ def test_no_tokens_are_refused() -> None:
         PackedDataset(empty, context=8, seed=0)
 
 
+def without_and_with(recall: RecallText, lengths: list[int]) -> tuple[PackedDataset, PackedDataset]:
+    """Pack documents whose every token stands once, above the vocabulary of 320, plain and with
+    recall text in every row."""
+    view = view_of(lengths)
+    view.tokens = view.tokens + 1000
+    plain = PackedDataset(view, context=2000, seed=0)
+    return plain, PackedDataset(view, context=2000, seed=0, recall=recall, recall_share=1.0)
+
+
 def test_recall_stays_within_pieces(tokenizer: Any) -> None:
     recall = RecallText(tokenizer, kinds="codes", records_per_sequence=4)
     # Pieces below recall.min_tokens, some above, and one of a whole row.
     lengths = [recall.min_tokens - 1] * 8 + [900] * 24 + [5000, 1500]
     # No token of the vocabulary of 320, so that what was planted shows.
-    view = view_of(lengths)
-    view.tokens = view.tokens + 1000
-    plain = PackedDataset(view, context=2000, seed=0)
-    data = PackedDataset(view, context=2000, seed=0, recall=recall, recall_share=1.0)
+    plain, data = without_and_with(recall, lengths)
     all_pairs = 0
     for before, after in zip(plain, data, strict=True):
         assert torch.equal(before["cu_seqlens"], after["cu_seqlens"])
@@ -268,10 +274,7 @@ def test_copies_stay_within_pieces(tokenizer: Any) -> None:
     recall = RecallText(tokenizer, records_per_sequence=8, kinds="facts,copies")
     lengths = [1, 2, recall.min_tokens - 1, recall.min_tokens] * 6 + [900] * 12 + [2000] * 3
     # Every token stands once, so that a copy tells where it comes from.
-    view = view_of(lengths)
-    view.tokens = view.tokens + 1000
-    plain = PackedDataset(view, context=2000, seed=0)
-    data = PackedDataset(view, context=2000, seed=0, recall=recall, recall_share=1.0)
+    plain, data = without_and_with(recall, lengths)
     copied = 0
     for before, after in zip(plain, data, strict=True):
         for ids, planted in zip(pieces_of(before), pieces_of(after), strict=True):
